@@ -1,0 +1,1 @@
+"""Programs that turn flags into one library call."""

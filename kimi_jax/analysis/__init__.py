@@ -1,0 +1,1 @@
+"""Reading a run's records, and drawing them."""

@@ -1,0 +1,1 @@
+"""Frozen dataclasses that describe a run; validated when built; no arrays."""

@@ -1,0 +1,1 @@
+"""Specs, axes, precision, random keys, trees and errors: what every other package stands on."""

@@ -1,0 +1,30 @@
+"""Every error that a user can cause, one class per thing that has to be changed.
+
+A message says what was wrong, what was given, what would be right, and where to change it.
+"""
+
+
+class KimiError(Exception):
+    """Base of the errors that are reported to the user without a traceback."""
+
+
+class ConfigError(KimiError):
+    """An option is unknown, has a wrong type or value, or does not fit another option."""
+
+
+class DataError(KimiError):
+    """A file of the corpus or of a tokenizer is missing, empty, unreadable or malformed."""
+
+
+class CheckpointMismatchError(KimiError):
+    """A work directory or checkpoint was made by another configuration."""
+
+
+class TrainingFailedError(KimiError):
+    """Training cannot go on: the loss or the gradient is no longer finite."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)

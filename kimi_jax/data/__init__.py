@@ -1,0 +1,1 @@
+"""From files on disk to packed, sharded batches of tokens."""

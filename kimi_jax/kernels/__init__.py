@@ -1,0 +1,1 @@
+"""One folder per array operation; kernels know arrays only."""

@@ -1,0 +1,1 @@
+"""The Kimi K2 decoder as pure functions over parameter dataclasses."""

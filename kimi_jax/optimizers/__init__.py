@@ -1,0 +1,1 @@
+"""MuonClip and its parts, as optax gradient transformations."""
