@@ -1,4 +1,4 @@
-"""How the model is computed: choices that change speed and memory, and rounding, but not the mathematics."""
+"""How the model is computed: speed, memory and rounding, never the mathematics."""
 
 import dataclasses
 import enum

@@ -1,4 +1,4 @@
-"""The architecture: what `config.json` says of a Kimi-K2-style model, under the field's own words."""
+"""The architecture of a Kimi-K2-style model, under the field's own words."""
 
 import dataclasses
 
@@ -53,8 +53,8 @@ class ModelConfig:
       experts_per_token: K, routed experts chosen for a token.
       num_expert_groups: groups the experts are divided into; 1 is no group limit.
       expert_groups_per_token: groups a token may choose its experts from.
-      routed_scaling_factor: multiplier of the routed experts' sum; None takes the Monte-Carlo rule of
-        Moonlight (arXiv 2502.16982, figure 6) for these E and K.
+      routed_scaling_factor: multiplier of the routed experts' sum; None takes the Monte-Carlo rule
+        of Moonlight (arXiv 2502.16982, figure 6) for these E and K.
       rope_theta: base of the rotary frequencies.
       yarn: context extension; None trains at the native context.
       max_position: longest sequence, in tokens.

@@ -17,11 +17,11 @@ class Decay(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Warm-up, stable phase, decay, and an optional anneal at the end (WSD, arXiv 2507.20534, section 2.5).
+    """Warm-up, stable phase, decay, and an optional anneal (WSD; arXiv 2507.20534, section 2.5).
 
-    The learning rate rises linearly over `warmup_steps`, stays at `peak` for `stable_steps`, decays to
-    `final` over `decay_steps`, and, where `anneal_steps` is not 0, goes on linearly to `anneal_final`. After the last
-    phase it stays where it is.
+    The learning rate rises linearly over `warmup_steps`, stays at `peak` for `stable_steps`, decays
+    to `final` over `decay_steps`, and, where `anneal_steps` is not 0, goes on linearly to
+    `anneal_final`. After the last phase it stays where it is.
 
     Attributes:
       peak: learning rate after warm-up.
@@ -64,7 +64,7 @@ class OptimizerName(enum.Enum):
 
 
 class NewtonSchulzPreset(enum.Enum):
-    """Coefficients of the Newton-Schulz iteration; `optimizers/newton_schulz.py` has the numbers."""
+    """Coefficients of the iteration; `optimizers/newton_schulz.py` has the numbers."""
 
     JORDAN = "jordan"  # K2's and Moonlight's
     YOU = "you"
@@ -93,7 +93,8 @@ class OptimizerConfig:
     Attributes:
       name: rule for the matrices.
       schedule: learning rate by step.
-      weight_decay: decoupled, multiplied by the learning rate; acts on every parameter, norm gains too.
+      weight_decay: decoupled, multiplied by the learning rate; acts on every parameter, norm gains
+        too.
       momentum: of Muon's heavy ball.
       nesterov: whether Muon looks ahead by one momentum step.
       newton_schulz_steps: iterations.
@@ -106,8 +107,8 @@ class OptimizerConfig:
       adam_eps: added to the root of AdamW's second moment.
       qk_clip_threshold: tau, the largest attention logit allowed; None never clips.
       max_grad_norm: global norm above which gradients are scaled down; None never scales.
-      selection_bias_rate: u of the router's balancing rule (arXiv 2502.16982, section 3.3); None keeps
-        the biases.
+      selection_bias_rate: u of the router's balancing rule (arXiv 2502.16982, section 3.3); None
+        keeps the biases.
       balance_loss_weight: alpha of the sequence-wise balance loss; None leaves it out.
     """
 

@@ -12,10 +12,11 @@ class ParallelConfig:
     Attributes:
       data: devices along which the batch and every weight are split (FSDP); None takes all that the
         expert axis leaves.
-      expert: devices along which the routed experts, the batch and the dense weights are split; None
-        takes the largest d that divides both the number of devices and of experts with d*d <= 2 * devices.
-      simulated_devices: how many devices to simulate where there is no accelerator; without effect on
-        a machine that has one.
+      expert: devices along which the routed experts, the batch and the dense weights are split;
+        None takes the largest d that divides both the number of devices and of experts with d*d <=
+        2 * devices.
+      simulated_devices: how many devices to simulate where there is no accelerator; without effect
+        on a machine that has one.
     """
 
     data: int | None = None

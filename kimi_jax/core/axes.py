@@ -1,6 +1,7 @@
 """Logical axis names: what a dimension of a parameter means, not where it lives.
 
-`parallel/rules.py` maps them to mesh axes. The letter of each is the one used in shapes and einsums.
+`parallel/rules.py` maps them to mesh axes. The letter of each is the one used in shapes and
+einsums.
 """
 
 LAYERS = "layers"  # L: stacked transformer blocks

@@ -1,8 +1,8 @@
 """Declares parameters before they exist.
 
-A model part returns its parameter dataclass filled with `ParamSpec`s, the plan. Initial values, placement,
-optimizer labels, checkpoint layout, parameter counts and cost tables are maps over that one tree; nothing
-else knows the shape of a parameter.
+A model part returns its parameter dataclass filled with `ParamSpec`s, the plan. Initial values,
+placement, optimizer labels, checkpoint layout, parameter counts and cost tables are maps over that
+one tree; nothing else knows the shape of a parameter.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ def is_spec(leaf: Any) -> bool:
 
 
 def map_specs(fn: Callable[..., Any], plan: Any, *trees: Any) -> Any:
-    """Applies `fn(spec, *leaves)` to every spec of a plan and the leaves of `trees` in its place."""
+    """Applies `fn(spec, *leaves)` to each spec and the leaves of `trees` in its place."""
     return jax.tree.map(fn, plan, *trees, is_leaf=is_spec)
 
 
@@ -89,7 +89,7 @@ def named_specs(plan: Any) -> Iterator[tuple[str, ParamSpec]]:
 
 
 def stack(plan: Any, num_layers: int) -> Any:
-    """Turns the plan of one block into that of `num_layers` stacked ones, axis `layers` in front."""
+    """Turns the plan of one block into that of `num_layers` stacked ones."""
 
     def add_layers(spec: ParamSpec) -> ParamSpec:
         return dataclasses.replace(

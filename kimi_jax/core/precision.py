@@ -1,7 +1,8 @@
 """Which numbers are kept in which format.
 
-Master weights, optimizer moments and every sum that grows are float32. Matrix products run in the compute
-dtype. Routing and softmax run in float32 whatever the compute dtype is, because ties decide experts.
+Master weights, optimizer moments and every sum that grows are float32. Matrix products run in the
+compute dtype. Routing and softmax run in float32 whatever the compute dtype is, because ties decide
+experts.
 """
 
 from typing import Any
