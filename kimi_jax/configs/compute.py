@@ -29,14 +29,6 @@ class Implementation(enum.Enum):
     REFERENCE = "reference"  # the shortest correct program; slow, for tests
 
 
-class Exchange(enum.Enum):
-    """How tokens reach the devices that hold their experts."""
-
-    AUTO = "auto"  # the fastest for the platform
-    GATHER = "gather"  # all-gather tokens, reduce-scatter results
-    PADDED = "padded"  # all-to-all of blocks padded to the worst case
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """Formats, kernels and memory.
@@ -45,7 +37,6 @@ class ComputeConfig:
       dtype: format of activations and matrix products; master weights are float32 always.
       remat: what the backward pass recomputes.
       implementation: which kernels run; a named one runs or raises.
-      exchange: how tokens reach their experts.
       logits_chunk_tokens: tokens a device turns into logits at a time, so that memory never holds
         all of them; None keeps them together.
     """
@@ -53,7 +44,6 @@ class ComputeConfig:
     dtype: ComputeDtype = ComputeDtype.BFLOAT16
     remat: Remat = Remat.NONE
     implementation: Implementation = Implementation.AUTO
-    exchange: Exchange = Exchange.AUTO
     logits_chunk_tokens: int | None = None
 
     def __post_init__(self):

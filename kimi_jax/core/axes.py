@@ -5,7 +5,8 @@ einsums.
 """
 
 LAYERS = "layers"  # L: stacked transformer blocks
-EXPERTS = "experts"  # E: routed experts
+EXPERTS = "experts"  # E: routed experts, a stack of independent weights
+ROUTES = "routes"  # E: routed experts, as the outputs of the router
 EMBED = "embed"  # D: model width
 VOCAB = "vocab"  # V: vocabulary
 HEADS = "heads"  # N: attention heads

@@ -1,0 +1,50 @@
+"""SwiGLU feed-forward layer: the dense blocks', and the shared experts'."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from kimi_jax.configs.model import ModelConfig
+from kimi_jax.core import axes as ax
+from kimi_jax.core.param_spec import MATRIX, Leaf, ParamSpec
+
+
+@struct.dataclass
+class FeedForwardParams:
+    """SwiGLU weights; each leaf is an array, or a ParamSpec while the tree is a plan."""
+
+    w_gate: Leaf  # [D, F]
+    w_up: Leaf  # [D, F]
+    w_down: Leaf  # [F, D]
+
+
+def specs(config: ModelConfig, width: int) -> FeedForwardParams:
+    """Plans a layer of inner width F = `width`."""
+    init = jax.nn.initializers.normal(config.init_std)
+    tags = frozenset({MATRIX})
+    up = ParamSpec(
+        shape=(config.embed_dim, width),
+        axes=(ax.EMBED, ax.FFN),
+        init=init,
+        tags=tags,
+        inputs=(ax.EMBED,),
+    )
+    down = ParamSpec(
+        shape=(width, config.embed_dim),
+        axes=(ax.FFN, ax.EMBED),
+        init=init,
+        tags=tags,
+        inputs=(ax.FFN,),
+    )
+    return FeedForwardParams(w_gate=up, w_up=up, w_down=down)
+
+
+@jax.named_scope("feed_forward")
+def feed_forward(
+    params: FeedForwardParams, x: Float[Array, "*shape D"]
+) -> Float[Array, "*shape D"]:
+    """Returns (silu(x W_gate) * (x W_up)) W_down."""
+    gate = jnp.einsum("...d,df->...f", x, params.w_gate)
+    up = jnp.einsum("...d,df->...f", x, params.w_up)
+    return jnp.einsum("...f,fd->...d", jax.nn.silu(gate) * up, params.w_down)

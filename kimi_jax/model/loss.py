@@ -1,0 +1,69 @@
+"""Next-token cross-entropy, without ever holding all logits where a chunk size is given."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kimi_jax.configs.compute import ComputeConfig
+from kimi_jax.configs.model import ModelConfig
+from kimi_jax.model import transformer
+from kimi_jax.parallel.per_shard import per_shard
+from kimi_jax.parallel.placement import to_compute
+from kimi_jax.parallel.rules import BATCH, REPLICATED
+
+
+@jax.named_scope("loss")
+def token_losses(
+    params: transformer.TransformerParams,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    config: ModelConfig,
+    choices: ComputeConfig,
+) -> Float[Array, "B T"]:
+    """Returns -log p(target) of every position, in nats, in float32.
+
+    Args:
+      params: stored parameters; gathers the head.
+      hidden: normalised hidden states of `transformer.forward`.
+      targets: the tokens to predict.
+      config: the architecture.
+      choices: `logits_chunk_tokens` bounds how many of a device's tokens have logits at a time.
+    """
+    head = to_compute(params.head, transformer.specs(config).head, choices.dtype.value)
+    losses = per_shard(
+        functools.partial(_losses_per_shard, chunk=choices.logits_chunk_tokens),
+        in_specs=(REPLICATED, BATCH, BATCH),
+        out_specs=BATCH,
+    )
+    return losses(head, hidden, targets)
+
+
+def _losses_per_shard(
+    head: Float[Array, "D V"],
+    hidden: Float[Array, "b T D"],
+    targets: Int[Array, "b T"],
+    *,
+    chunk: int | None,
+) -> Float[Array, "b T"]:
+    """Computes this device's losses by chunks, whose logits the backward pass recomputes."""
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if chunk is None or chunk >= rows.shape[0]:
+        return _cross_entropy(head, rows, labels).reshape(targets.shape)
+    padding = -rows.shape[0] % chunk
+    rows = jnp.pad(rows, ((0, padding), (0, 0))).reshape(-1, chunk, rows.shape[-1])
+    labels = jnp.pad(labels, (0, padding)).reshape(-1, chunk)
+    one_chunk = jax.checkpoint(functools.partial(_cross_entropy, head))
+    losses = jax.lax.map(lambda pair: one_chunk(*pair), (rows, labels)).reshape(-1)
+    return losses[: targets.size].reshape(targets.shape)
+
+
+def _cross_entropy(
+    head: Float[Array, "D V"], rows: Float[Array, "W D"], labels: Int[Array, "W"]
+) -> Float[Array, "W"]:
+    """Returns logsumexp(z) - z_label with z = rows head, in float32."""
+    z = jnp.einsum("wd,dv->wv", rows, head, preferred_element_type=jnp.float32)
+    is_label = labels[:, None] == jnp.arange(z.shape[-1])
+    return jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(is_label, z, 0.0), axis=-1)

@@ -1,0 +1,62 @@
+"""What the forward pass measures, and how each measurement is reduced.
+
+Statistics are return values. Every field declares its reduction over devices, micro-batches and
+steps; layers are never mixed: a head's maximum belongs to its layer.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from kimi_jax.core.param_spec import Leaf
+
+_COMBINE = {"max": jnp.maximum, "sum": jnp.add}
+
+
+def _reduced_by(reduction: str) -> Any:
+    return struct.field(metadata={"reduction": reduction})
+
+
+@struct.dataclass
+class BlockStats:
+    """One block's measurements of one forward pass, before any reduction.
+
+    The expert fields are None in a dense block.
+    """
+
+    max_logit: Leaf  # [B, N] largest attention logit of each sequence and head
+    expert_load: Leaf  # [shards, E] tokens each device sent to each expert
+    balance_loss: Leaf  # [B] sequence-wise balance loss
+
+
+@struct.dataclass
+class ModelStats:
+    """All blocks' measurements, reduced over sequences and devices."""
+
+    max_logit: Leaf = _reduced_by("max")  # [L, N] float32
+    expert_load: Leaf = _reduced_by("sum")  # [L_moe, E] float32: assignments; None without experts
+    balance_loss: Leaf = _reduced_by("sum")  # scalar, over sequences and layers; None likewise
+
+
+def reduce_blocks(stacks: list[BlockStats]) -> ModelStats:
+    """Reduces stacked block statistics (leading axis L) over sequences and devices."""
+    loads = [s.expert_load for s in stacks if s.expert_load is not None]
+    losses = [s.balance_loss for s in stacks if s.balance_loss is not None]
+    return ModelStats(
+        max_logit=jnp.concatenate([jnp.max(s.max_logit, axis=1) for s in stacks]),
+        expert_load=jnp.sum(loads[0], axis=1) if loads else None,
+        balance_loss=jnp.sum(losses[0]) if losses else None,
+    )
+
+
+def merge(first: ModelStats, second: ModelStats) -> ModelStats:
+    """Combines the statistics of two micro-batches, each field by its declared reduction."""
+    merged = {}
+    for field in dataclasses.fields(ModelStats):
+        combine = _COMBINE[field.metadata["reduction"]]
+        pair = getattr(first, field.name), getattr(second, field.name)
+        merged[field.name] = jax.tree.map(combine, *pair)
+    return ModelStats(**merged)

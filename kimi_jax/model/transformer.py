@@ -1,0 +1,142 @@
+"""The decoder: embedding, dense blocks, mixture blocks, final norm; and the head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from kimi_jax.configs.compute import ComputeConfig, Remat
+from kimi_jax.configs.model import ModelConfig
+from kimi_jax.core import axes as ax
+from kimi_jax.core.param_spec import EMBEDDING, HEAD, Leaf, ParamSpec, stack
+from kimi_jax.model import block, norm
+from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
+from kimi_jax.parallel.placement import to_compute
+from kimi_jax.parallel.rules import BATCH
+
+# What Remat.K2 keeps of a layer; norms, SwiGLU and the up-projections from the latents are
+# recomputed.
+_KEPT_BY_K2 = ("q_latent", "kv_latent", "k_rope", "attention_out", "attention_lse", "expert_hidden")
+
+
+@struct.dataclass
+class TransformerParams:
+    """All weights; blocks are stacked along a leading axis L."""
+
+    embedding: Leaf  # [V, D]
+    dense_blocks: block.BlockParams | None  # None without leading dense blocks
+    moe_blocks: block.BlockParams | None  # None without mixture blocks
+    final_norm: Leaf  # [D]
+    head: Leaf  # [D, V]
+
+
+def specs(config: ModelConfig) -> TransformerParams:
+    """Plans the whole model."""
+    init = jax.nn.initializers.normal(config.init_std)
+
+    def blocks(count: int, *, dense: bool) -> Any:
+        return stack(block.specs(config, dense=dense), count) if count else None
+
+    return TransformerParams(
+        embedding=ParamSpec(
+            shape=(config.vocab_size, config.embed_dim),
+            axes=(ax.VOCAB, ax.EMBED),
+            init=init,
+            tags=frozenset({EMBEDDING}),
+        ),
+        dense_blocks=blocks(config.num_dense_layers, dense=True),
+        moe_blocks=blocks(config.num_moe_layers, dense=False),
+        final_norm=norm.spec(config.embed_dim, ax.EMBED),
+        head=ParamSpec(
+            shape=(config.embed_dim, config.vocab_size),
+            axes=(ax.EMBED, ax.VOCAB),
+            init=init,
+            tags=frozenset({HEAD}),
+        ),
+    )
+
+
+@jax.named_scope("transformer")
+def forward(
+    params: TransformerParams,
+    inputs: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    *,
+    config: ModelConfig,
+    choices: ComputeConfig,
+) -> tuple[Float[Array, "B T D"], ModelStats]:
+    """Runs the decoder up to the final norm.
+
+    Args:
+      params: stored parameters; every layer gathers its own when it runs.
+      inputs: token ids in [0, V).
+      positions: index of each token within its document, in [0, max_position).
+      segments: document number of each token; attention never leaves a document.
+      config: the architecture.
+      choices: how to compute it.
+
+    Returns:
+      Normalised hidden states in the compute dtype, ready for the head, and the statistics.
+    """
+    plan = specs(config)
+    ends = TransformerParams(params.embedding, None, None, params.final_norm, None)
+    end_plan = TransformerParams(plan.embedding, None, None, plan.final_norm, None)
+    ends = to_compute(ends, end_plan, choices.dtype.value)
+    with jax.named_scope("embedding"):
+        x = ends.embedding.at[inputs].get(out_sharding=BATCH)
+    stacks = []
+    for stored, dense in ((params.dense_blocks, True), (params.moe_blocks, False)):
+        if stored is not None:
+            block_plan = block.specs(config, dense=dense)
+            x, stats = _run_stack(
+                stored, block_plan, x, positions, segments, config=config, choices=choices
+            )
+            stacks.append(stats)
+    return norm.rms_norm(ends.final_norm, x, eps=config.norm_eps), reduce_blocks(stacks)
+
+
+def _run_stack(
+    stored_blocks: block.BlockParams,
+    block_plan: block.BlockParams,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    *,
+    config: ModelConfig,
+    choices: ComputeConfig,
+) -> tuple[Float[Array, "B T D"], BlockStats]:
+    """Scans over stacked blocks of one kind; returns statistics stacked along L."""
+
+    def run_layer(x, stored):
+        params = to_compute(stored, block_plan, choices.dtype.value)
+        return block.block(params, x, positions, segments, config=config, choices=choices)
+
+    return jax.lax.scan(_with_remat(run_layer, choices.remat), x, stored_blocks)
+
+
+def _with_remat(run_layer: Any, remat: Remat) -> Any:
+    """Says what the backward pass of a layer recomputes."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case Remat.NONE:
+            return run_layer
+        case Remat.K2:
+            return jax.checkpoint(run_layer, policy=policies.save_only_these_names(*_KEPT_BY_K2))
+        case Remat.FULL:
+            return jax.checkpoint(run_layer, policy=policies.nothing_saveable)
+
+
+@jax.named_scope("head")
+def logits(
+    params: TransformerParams,
+    hidden: Float[Array, "B T D"],
+    *,
+    config: ModelConfig,
+    choices: ComputeConfig,
+) -> Float[Array, "B T V"]:
+    """Returns hidden W_head in float32."""
+    head = to_compute(params.head, specs(config).head, choices.dtype.value)
+    return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
