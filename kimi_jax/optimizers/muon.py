@@ -1,0 +1,92 @@
+"""Muon: momentum, made orthogonal, with the root mean square of AdamW's updates."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from kimi_jax.configs.optimizer import OptimizerConfig
+from kimi_jax.core.param_spec import Leaf, is_spec
+from kimi_jax.optimizers.matrix_views import MatrixView, matrix_views
+from kimi_jax.optimizers.newton_schulz import newton_schulz
+from kimi_jax.parallel.collectives import map_matrices
+
+
+@struct.dataclass
+class MuonState:
+    """What Muon remembers between steps."""
+
+    momentum: Leaf  # M, like the parameters
+
+
+def scale_by_muon(config: OptimizerConfig, plan: Any) -> optax.GradientTransformation:
+    """Turns gradients into Muon's updates, before learning rate and weight decay.
+
+    M <- mu M + G;  U = G + mu M (Nesterov) or M;
+    O = newton_schulz(U) * update_rms * sqrt(max(n, m)) for each matrix n x m.
+
+    An orthogonal n x m matrix has the root mean square 1 / sqrt(max(n, m)), so that O has about
+    `update_rms`, and AdamW's learning rate and weight decay can be used. Each matrix is computed
+    once in the whole mesh; matrices travel in the format of the products.
+
+    Args:
+      config: momentum, nesterov, newton_schulz_*, matrix_granularity and update_rms act here.
+      plan: tree of `ParamSpec`s; leaves that are no matrices must be masked out of the gradients.
+
+    Returns:
+      The transformation; its state is a `MuonState`.
+
+    Source: arXiv 2502.16982, section 2.2; arXiv 2507.20534, algorithm 1.
+    """
+    views = matrix_views(plan, config.matrix_granularity)
+
+    def init(params: Any) -> MuonState:
+        return MuonState(momentum=jax.tree.map(jnp.zeros_like, params))
+
+    def update(gradients: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+        del params
+        mu = config.momentum
+        momentum = jax.tree.map(lambda m, g: mu * m + g, state.momentum, gradients)
+        ahead = momentum
+        if config.nesterov:
+            ahead = jax.tree.map(lambda m, g: g + mu * m, momentum, gradients)
+        return _orthogonalize(ahead, plan, views, config), MuonState(momentum=momentum)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _orthogonalize(
+    tree: Any, plan: Any, views: tuple[MatrixView, ...], config: OptimizerConfig
+) -> Any:
+    """Replaces every matrix of `tree` by its scaled orthogonal one; masked leaves stay."""
+    structure = jax.tree.structure(plan, is_leaf=is_spec)
+    leaves = structure.flatten_up_to(tree)
+    for number, view in enumerate(views):
+        stacks = [
+            stack.astype(config.newton_schulz_dtype.value) for stack in view.to_stacks(leaves)
+        ]
+        with jax.named_scope("newton_schulz"):
+            stacks = map_matrices(
+                functools.partial(_orthogonalize_item, view=view, config=config),
+                stacks,
+                stack_dims=len(view.stack_shape),
+                rotation=number,
+            )
+        for index, update in view.from_stacks(stacks).items():
+            leaves[index] = update.astype(leaves[index].dtype)
+    return structure.unflatten(leaves)
+
+
+def _orthogonalize_item(
+    items: list[jax.Array], *, view: MatrixView, config: OptimizerConfig
+) -> list[jax.Array]:
+    orthogonal = newton_schulz(
+        view.join(items),
+        steps=config.newton_schulz_steps,
+        preset=config.newton_schulz_preset,
+        dtype=config.newton_schulz_dtype,
+    )
+    return view.split(orthogonal * config.update_rms * max(view.matrix_shape) ** 0.5)

@@ -1,0 +1,204 @@
+"""Moves whole matrices to devices, so that work on a stack of them is done once in the mesh."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from kimi_jax.parallel.per_shard import per_shard
+
+# Accelerators compute this many values of matrices (256 MB in bfloat16) at a time: enough to fill
+# them, and a bound on the temporary memory of a batch.
+_ACCELERATOR_BATCH_VALUES = 2**27
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How the local part of a stack is shared out.
+
+    Attributes:
+      stack_dims: leading dimensions that are the stack.
+      count: items of the local stack, before any exchange.
+      padded: the same, padded to a multiple of the devices that share them.
+      first: padding in front of the items; the rest follows behind.
+      hops: mesh axes that share the stack, in the order of exchange.
+      split_dims: for each array, the dimension that each of its mesh axes splits.
+    """
+
+    stack_dims: int
+    count: int
+    padded: int
+    first: int
+    hops: tuple[str, ...]
+    split_dims: tuple[dict[str, int], ...]
+
+
+def map_matrices(fn: Callable[[Any], Any], tree: Any, *, stack_dims: int, rotation: int = 0) -> Any:
+    """Applies `fn` to each item of a stack, every item whole and computed once in the whole mesh.
+
+    Under an Explicit mesh, all-to-alls over one mesh axis after the other turn a stack of split
+    items into a split stack of whole items; each device computes its own, and the same hops lead
+    back. Mesh axes that split the stack itself need no communication. Along mesh axes where the
+    stack is replicated, each device computes its share and the results are all-gathered. One device
+    communicates nothing.
+
+    Args:
+      fn: from one item, a tree of arrays without the stack dimensions, to a tree of the same
+        structure, shapes and dtypes.
+      tree: arrays with the same leading stack dimensions, laid out the same along them.
+      stack_dims: how many leading dimensions are the stack.
+      rotation: stacks smaller than the mesh occupy different devices for different numbers.
+
+    Returns:
+      The results, stacked and laid out as `tree`.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+
+    def apply(items: list[jax.Array]) -> list[jax.Array]:
+        return jax.tree.leaves(fn(jax.tree.unflatten(structure, items)))
+
+    axis_sizes = dict(jax.typeof(leaves[0]).sharding.mesh.shape)
+    if math.prod(axis_sizes.values()) == 1:
+        stacks = [leaf.reshape(-1, *leaf.shape[stack_dims:]) for leaf in leaves]
+        count = stacks[0].shape[0]
+        mapped = _compute(apply, stacks, 0, count)
+        mapped = [out.reshape(leaf.shape) for out, leaf in zip(mapped, leaves, strict=True)]
+        return jax.tree.unflatten(structure, mapped)
+    specs = [_full_spec(leaf) for leaf in leaves]
+    body = functools.partial(
+        _map_matrices_per_shard,
+        fn=apply,
+        plan=_make_plan(leaves, specs, stack_dims, rotation, axis_sizes),
+    )
+    mapped = per_shard(body, in_specs=(specs,), out_specs=specs)(leaves)
+    return jax.tree.unflatten(structure, mapped)
+
+
+def _map_matrices_per_shard(
+    leaves: list[jax.Array], *, fn: Callable[..., Any], plan: _Plan
+) -> list[jax.Array]:
+    """All-to-alls [c, n/d, m] -> [c/d, n, m] for each hop, applies `fn`, and goes back."""
+    padding = (plan.first, plan.padded - plan.count - plan.first)
+    stacks = []
+    for leaf, split_dims in zip(leaves, plan.split_dims, strict=True):
+        stack = leaf.reshape(-1, *leaf.shape[plan.stack_dims :])
+        stack = jnp.pad(stack, (padding, *((0, 0),) * (stack.ndim - 1)))
+        for name in plan.hops:
+            stack = _take_share(stack, name, split_dims.get(name))
+        stacks.append(stack)
+
+    # Devices own consecutive parts of the padded stack, the first hop's axis being the slowest.
+    owned = plan.padded
+    start = 0
+    for name in plan.hops:
+        owned //= jax.lax.axis_size(name)
+        start += jax.lax.axis_index(name) * owned
+    begin = jnp.clip(plan.first - start, 0, owned)
+    end = jnp.clip(plan.first + plan.count - start, 0, owned)
+    results = _compute(fn, stacks, begin, end)
+
+    outputs = []
+    for leaf, stack, split_dims in zip(leaves, results, plan.split_dims, strict=True):
+        for name in reversed(plan.hops):
+            stack = _return_share(stack, name, split_dims.get(name))
+        stack = jax.lax.slice_in_dim(stack, plan.first, plan.first + plan.count)
+        outputs.append(stack.reshape(leaf.shape))
+    return outputs
+
+
+def _take_share(stack: jax.Array, name: str, dim: int | None) -> jax.Array:
+    """Splits the stack over a mesh axis; `dim`, where the axis splits one, becomes whole."""
+    if dim is not None:
+        return jax.lax.all_to_all(stack, name, split_axis=0, concat_axis=dim, tiled=True)
+    size = stack.shape[0] // jax.lax.axis_size(name)
+    return jax.lax.dynamic_slice_in_dim(stack, jax.lax.axis_index(name) * size, size)
+
+
+def _return_share(stack: jax.Array, name: str, dim: int | None) -> jax.Array:
+    """Undoes `_take_share`."""
+    if dim is not None:
+        return jax.lax.all_to_all(stack, name, split_axis=dim, concat_axis=0, tiled=True)
+    return jax.lax.all_gather(stack, name, tiled=True)
+
+
+def _compute(
+    fn: Callable[..., Any], stacks: list[jax.Array], begin: Any, end: Any
+) -> list[jax.Array]:
+    """Applies `fn` to the items begin .. end; the rest, which is padding, comes out undefined.
+
+    The CPU multiplies single matrices at full speed and batches of them slowly, so that there it
+    goes item by item; an accelerator takes batches, padding included.
+    """
+
+    def one_by_one(begin, end, *stacks):
+        def step(index, results):
+            items = [jax.lax.dynamic_index_in_dim(s, index, keepdims=False) for s in stacks]
+            return tuple(
+                jax.lax.dynamic_update_index_in_dim(result, item, index, 0)
+                for result, item in zip(results, fn(items), strict=True)
+            )
+
+        return jax.lax.fori_loop(begin, end, step, tuple(stacks))
+
+    def in_batches(begin, end, *stacks):
+        del begin, end
+        values = sum(math.prod(stack.shape[1:]) for stack in stacks)
+        batch_size = max(1, _ACCELERATOR_BATCH_VALUES // values)
+        return tuple(jax.lax.map(fn, list(stacks), batch_size=batch_size))
+
+    mapped = jax.lax.platform_dependent(begin, end, *stacks, cpu=one_by_one, default=in_batches)
+    return list(mapped)
+
+
+def _full_spec(leaf: jax.Array) -> PartitionSpec:
+    spec = jax.typeof(leaf).sharding.spec
+    return PartitionSpec(*spec, *(None,) * (leaf.ndim - len(spec)))
+
+
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+    """Names the mesh axes in one entry of a PartitionSpec, the slowest first."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _make_plan(
+    leaves: list[jax.Array],
+    specs: list[PartitionSpec],
+    stack_dims: int,
+    rotation: int,
+    axis_sizes: dict[str, int],
+) -> _Plan:
+    stacked = {tuple(map(_mesh_axes, spec[:stack_dims])) for spec in specs}
+    assert len(stacked) == 1, f"arrays are stacked in different layouts: {specs}"
+    stack_axes = {name for entry in stacked.pop() for name in entry}
+    # Where several axes split one dimension, the fastest has to be exchanged first, so that the
+    # pieces join in order. PartitionSpecs name axes in the order of the mesh.
+    names = tuple(axis_sizes)
+    entries = [_mesh_axes(entry) for spec in specs for entry in spec]
+    assert all(list(e) == sorted(e, key=names.index) for e in entries), specs
+    hops = tuple(n for n in reversed(names) if n not in stack_axes and axis_sizes[n] > 1)
+    sharers = math.prod(axis_sizes[name] for name in hops)
+    stack_shards = math.prod(axis_sizes[name] for name in stack_axes)
+    count = math.prod(leaves[0].shape[:stack_dims]) // stack_shards
+    padded = -(-count // sharers) * sharers
+    return _Plan(
+        stack_dims=stack_dims,
+        count=count,
+        padded=padded,
+        first=rotation % (padded - count + 1),
+        hops=hops,
+        split_dims=tuple(
+            {
+                name: dim
+                for dim, entry in enumerate(spec[stack_dims:], start=1)
+                for name in _mesh_axes(entry)
+            }
+            for spec in specs
+        ),
+    )
