@@ -19,8 +19,7 @@ def loss(run: RunLog) -> Any:
     figure, (axis,) = style.figure()
     steps, values = run.series("loss/train")
     if len(steps):
-        _noisy_line(axis, steps, values, style.BLUE, "training, smoothed")
-        _limit_to_bulk(axis, values)
+        _noisy_line(axis, steps, values, style.BLUE, "training")
     else:
         style.missing(axis, "loss/train")
     held_out_steps, held_out = run.series("eval/loss")
@@ -65,7 +64,7 @@ def learning_rate(run: RunLog) -> Any:
     if len(steps):
         axis.plot(steps, values, color=style.BLUE, linewidth=1.8)
         axis.set_ylim(bottom=0)
-        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axis.yaxis.set_major_formatter("{x:g}")
     else:
         style.missing(axis, "optimizer/learning_rate")
     style.label(axis, title="Learning rate", x="step", y="learning rate")
@@ -79,7 +78,7 @@ def sizes(run: RunLog) -> Any:
     if len(steps):
         _noisy_line(top, steps, values, style.BLUE, "smoothed")
         if np.any(values > 0):
-            top.set_yscale("log")
+            _plain_log_scale(top)
     else:
         style.missing(top, "optimizer/gradient_norm")
     style.label(top, title="Gradient norm, before limiting", y="L2 norm")
@@ -89,7 +88,9 @@ def sizes(run: RunLog) -> Any:
             _noisy_line(bottom, steps, values, color, text)
     if bottom.lines:
         target = run.setting("optimizer.update_rms", 0.2)
-        style.reference_line(bottom, target, f"Muon's target: {target:g}")
+        bottom.axhline(
+            target, color=style.GREY, linestyle="--", linewidth=1.2, label=f"target, {target:g}"
+        )
         bottom.set_ylim(bottom=0)
     else:
         style.missing(bottom, "optimizer/update_rms_muon, optimizer/update_rms_adamw")
@@ -103,7 +104,7 @@ def max_logit_heatmap(run: RunLog) -> Any:
     steps, logits = run.arrays("max_logit")
     layers = logits.shape[1] if len(steps) else 8
     figure, (axis,) = style.figure(height=2.2 + 0.22 * min(layers, 40))
-    if not len(steps):
+    if not len(steps) or not np.isfinite(logits[-1]).any():
         style.missing(axis, "max_logit of each layer and head")
         style.label(axis, title="Largest attention logit of each head")
         return figure
@@ -116,9 +117,9 @@ def max_logit_heatmap(run: RunLog) -> Any:
     rows, columns = np.nonzero(ever)
     axis.scatter(columns, rows, s=26, facecolors="none", edgecolors=style.INK, linewidths=1.0)
     title = f"Largest attention logit of each head, step {steps[-1]:.0f}"
-    if ever.any():
-        title += f"; ring: clipped at least once ({ever.sum()} of {ever.size})"
     style.label(axis, title=title, x="head", y="layer")
+    if ever.any():
+        style.remark(axis, f"ring: clipped at least once, {ever.sum()} of {ever.size}")
     return figure
 
 
@@ -161,12 +162,10 @@ def expert_usage(run: RunLog) -> Any:
     )
     if len(steps):
         _load_map(figure, top, loads[-1], run.setting("model.num_dense_layers", 0))
-        style.label(top, x="expert", y="layer")
     else:
         style.missing(top, "expert_load of each layer and expert")
     when = f", step {steps[-1]:.0f}" if len(steps) else ""
-    top.set_title(f"Expert load relative to an even one{when}", loc="left", fontsize=11,
-                  fontweight="bold", color=style.INK)  # fmt: skip
+    style.label(top, title=f"Expert load relative to an even one{when}", x="expert", y="layer")
     steps, values = run.series("experts/max_violation")
     if len(steps):
         _noisy_line(bottom, steps, values, style.BLUE, "smoothed")
@@ -189,13 +188,10 @@ def throughput(run: RunLog) -> Any:
     )
     for axis, (name, scale, title, unit, color) in zip(axes, panels, strict=True):
         steps, values = run.series(name)
-        if len(steps):
+        if np.isfinite(values).any():
             _noisy_line(axis, steps, values * scale, color, title)
             axis.set_ylim(bottom=0, top=1.15 * _high(values * scale))
-            axis.set_title(
-                f"median {np.nanmedian(values) * scale:,.4g} {unit}",
-                loc="right", fontsize=9, color=style.GREY,
-            )  # fmt: skip
+            style.remark(axis, f"median {np.nanmedian(values) * scale:,.4g} {unit}")
         else:
             style.missing(axis, name)
         style.label(axis, title=title, y=unit)
@@ -215,17 +211,17 @@ def _noisy_line(axis: Any, steps: np.ndarray, values: np.ndarray, color: str, te
 def _high(values: np.ndarray) -> float:
     """A value that few exceed, so that one outlier does not flatten the curve."""
     finite = values[np.isfinite(values)]
-    if not finite.size:
-        return 1.0
     return max(float(np.percentile(finite, 99)), 1e-12)
 
 
-def _limit_to_bulk(axis: Any, values: np.ndarray) -> None:
-    """Lets the first steps, far above the rest, leave the panel rather than flatten it."""
-    finite = values[np.isfinite(values)]
-    if finite.size > 2:
-        low, high = float(finite.min()), float(finite.max())
-        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+def _plain_log_scale(axis: Any) -> None:
+    """A logarithmic axis whose ticks are plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _heat_map(axis: Any, values: np.ndarray, first_row: int = 0, **options: Any) -> Any:
@@ -233,7 +229,6 @@ def _heat_map(axis: Any, values: np.ndarray, first_row: int = 0, **options: Any)
     axis.grid(visible=False)
     edges = (-0.5, columns - 0.5, first_row + rows - 0.5, first_row - 0.5)
     image = axis.imshow(values, aspect="auto", interpolation="nearest", extent=edges, **options)
-    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.get_major_locator().set_params(integer=True)
     return image
 

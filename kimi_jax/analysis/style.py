@@ -71,6 +71,8 @@ def missing(axis: Any, what: str) -> None:
     )  # fmt: skip
     axis.grid(visible=False)
     axis.set_yticks([])
+    if not any(other.lines for other in axis.get_shared_x_axes().get_siblings(axis)):
+        axis.tick_params(labelbottom=False)
     for side in axis.spines.values():
         side.set_visible(False)
 
@@ -79,20 +81,36 @@ def reference_line(axis: Any, value: float, text: str, color: str = GREY) -> Non
     """Draws a dashed horizontal line with its meaning written on it, at the right."""
     axis.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
     axis.annotate(
-        text, xy=(1, value), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-        textcoords="offset points", ha="right", va="bottom", fontsize=9, color=color,
+        text, xy=(1, value), xycoords=("axes fraction", "data"), xytext=(-4, 0),
+        textcoords="offset points", ha="right", va="center", fontsize=9, color=color,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 2.0}, zorder=5,
     )  # fmt: skip
 
 
+def remark(axis: Any, text: str) -> None:
+    """Writes a short fact at the right, above a panel."""
+    axis.set_title(text, loc="right", fontsize=9, color=GREY)
+
+
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values among the last `window`, for each position."""
+    """Mean of the finite values around each position.
+
+    Args:
+      values: [S].
+      window: how many values are averaged. Near the start, where curves are steep, as many on each
+        side as there are before; near the end, those that there are.
+
+    Returns:
+      [S]; NaN where no value is finite.
+    """
     finite = np.isfinite(values)
     totals = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    number = counts[ends] - counts[starts]
-    total = totals[ends] - totals[starts]
+    here = np.arange(len(values))
+    before = np.minimum(window // 2, here)
+    first, end = here - before, np.minimum(here + before, len(values) - 1) + 1
+    number = counts[end] - counts[first]
+    total = totals[end] - totals[first]
     return np.divide(total, number, out=np.full(len(values), np.nan), where=number > 0)
 
 
@@ -100,6 +118,7 @@ def _dress(axis: Any) -> None:
     axis.grid(color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(colors=INK, labelsize=9, length=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     for name, side in axis.spines.items():
         side.set_visible(name in ("left", "bottom"))
         side.set_color("#9ca3af")
