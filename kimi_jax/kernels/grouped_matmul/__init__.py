@@ -1,0 +1,39 @@
+"""Rows sorted by group, each multiplied with its group's matrix."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from kimi_jax.configs.compute import Implementation
+from kimi_jax.kernels.grouped_matmul import reference, xla
+from kimi_jax.kernels.selection import select
+
+_AVAILABLE = {
+    Implementation.XLA: xla.grouped_matmul,
+    Implementation.REFERENCE: reference.grouped_matmul,
+}
+
+
+@jax.named_scope("grouped_matmul")
+def grouped_matmul(
+    x: Float[Array, "A K"],
+    w: Float[Array, "E K N"],
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: Implementation = Implementation.AUTO,
+) -> Float[Array, "A N"]:
+    """Returns y[i] = x[i] w[e] for each row i of group e; rows of no group give zeros.
+
+    Args:
+      x: rows, those of group 0 first.
+      w: one matrix for each group, in the rows' dtype.
+      group_sizes: rows of each group, 0 allowed, at most A together; the rows after them belong to
+        no group and get no gradient.
+      implementation: which program computes it.
+
+    Returns:
+      The products, in the rows' dtype; sums are float32.
+    """
+    return select("grouped_matmul", implementation, _AVAILABLE)(x, w, group_sizes)
+
+
+__all__ = ["grouped_matmul"]

@@ -1,0 +1,47 @@
+"""Weighted sum of the SwiGLU experts chosen for each token."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from kimi_jax.configs.compute import Implementation
+from kimi_jax.kernels.grouped_swiglu import reference, xla
+from kimi_jax.kernels.selection import select
+
+_AVAILABLE = {
+    Implementation.XLA: xla.grouped_swiglu,
+    Implementation.REFERENCE: reference.grouped_swiglu,
+}
+
+
+@jax.named_scope("grouped_swiglu")
+def grouped_swiglu(
+    x: Float[Array, "W D"],
+    w_gate: Float[Array, "E D M"],
+    w_up: Float[Array, "E D M"],
+    w_down: Float[Array, "E M D"],
+    expert_ids: Int[Array, "W K"],
+    weights: Float[Array, "W K"],
+    *,
+    implementation: Implementation = Implementation.AUTO,
+) -> Float[Array, "W D"]:
+    """Returns y[t] = sum_k weights[t, k] * f(x[t], expert_ids[t, k]); no assignment is dropped.
+
+    f(x, e) = (silu(x w_gate[e]) * (x w_up[e])) w_down[e].
+
+    Args:
+      x: tokens.
+      w_gate: gate projections, in the tokens' dtype.
+      w_up: up projections.
+      w_down: down projections.
+      expert_ids: chosen experts; one outside [0, E) contributes nothing and costs next to nothing.
+      weights: their weights, any floating dtype.
+      implementation: which program computes it.
+
+    Returns:
+      The sums, in the tokens' dtype; sums over experts and inside products are float32.
+    """
+    run = select("grouped_swiglu", implementation, _AVAILABLE)
+    return run(x, w_gate, w_up, w_down, expert_ids, weights)
+
+
+__all__ = ["grouped_swiglu"]

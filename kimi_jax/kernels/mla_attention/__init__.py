@@ -1,0 +1,59 @@
+"""Causal attention of multi-head latent attention, with the largest logit of each head."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from kimi_jax.configs.compute import Implementation
+from kimi_jax.kernels.mla_attention import reference, xla
+from kimi_jax.kernels.selection import select
+
+_AVAILABLE = {
+    Implementation.XLA: xla.mla_attention,
+    Implementation.REFERENCE: reference.mla_attention,
+}
+
+
+@jax.named_scope("mla_attention")
+def mla_attention(
+    q_nope: Float[Array, "B T N H"],
+    q_rope: Float[Array, "B T N R"],
+    k_nope: Float[Array, "B T N H"],
+    k_rope: Float[Array, "B T R"],
+    value: Float[Array, "B T N U"],
+    segments: Int[Array, "B T"],
+    *,
+    scale: float,
+    implementation: Implementation = Implementation.AUTO,
+) -> tuple[Float[Array, "B T N U"], Float[Array, "B N"]]:
+    """Attends causally within documents; the rotary key is shared by all heads.
+
+    logit[t, s] = scale * (q_nope[t] . k_nope[s] + q_rope[t] . k_rope[s]);
+    out[t] = sum over s <= t with segments[s] == segments[t] of softmax(logit[t])[s] value[s].
+    Softmax and sums are float32.
+
+    Args:
+      q_nope: queries without rotation.
+      q_rope: rotated queries.
+      k_nope: keys without rotation.
+      k_rope: rotated keys.
+      value: values.
+      segments: document number of each position, not negative.
+      scale: multiplier of the logits.
+      implementation: which program computes it.
+
+    Returns:
+      The output in the values' dtype, and the largest unmasked logit of each sequence and head,
+      float32, through which no gradient flows.
+
+    Source: arXiv 2405.04434, section 2.1; the maximum is what QK-clip needs (arXiv 2507.20534,
+    section 2.1).
+    """
+    run = select("mla_attention", implementation, _AVAILABLE)
+    q_nope, q_rope, k_nope, k_rope = (
+        x.astype(value.dtype) for x in (q_nope, q_rope, k_nope, k_rope)
+    )
+    out, max_logit = run(q_nope, q_rope, k_nope, k_rope, value, segments, scale=scale)
+    return out, jax.lax.stop_gradient(max_logit)
+
+
+__all__ = ["mla_attention"]

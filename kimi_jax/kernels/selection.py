@@ -1,0 +1,32 @@
+"""Which program computes an operation."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kimi_jax.configs.compute import Implementation
+
+
+def select(
+    kernel: str,
+    implementation: Implementation,
+    available: Mapping[Implementation, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Returns the function that computes `kernel`.
+
+    Args:
+      kernel: the operation's name, for the message.
+      implementation: AUTO takes the fastest that the platform has, today plain XLA everywhere; any
+        other runs or raises, so that a measurement never silently measures something else.
+      available: the operation's implementations.
+
+    Raises:
+      NotImplementedError: the named implementation does not exist for this operation.
+    """
+    chosen = Implementation.XLA if implementation is Implementation.AUTO else implementation
+    if chosen not in available:
+        names = ", ".join(repr(option.value) for option in available)
+        raise NotImplementedError(
+            f"{kernel} has no implementation {chosen.value!r}; choose 'auto' or one of {names} in "
+            "compute.implementation"
+        )
+    return available[chosen]

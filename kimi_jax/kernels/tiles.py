@@ -1,0 +1,71 @@
+"""Cuts rows sorted by group into tiles, so that work follows the rows that exist."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+class Tiles(NamedTuple):
+    """Tiles in row order, each inside one group; those from `count` on are empty.
+
+    An array of results needs `tile_rows` rows more than there are rows: a tile writes all of its
+    rows, and the next one overwrites those that were not its own.
+    """
+
+    count: Array  # [], number of tiles with rows
+    group: Array  # [tiles]
+    start: Array  # [tiles], first row; for an empty tile, the number of rows
+    size: Array  # [tiles], number of rows that belong to the tile
+
+
+def cut(group_sizes: Int[Array, "E"], num_rows: int, tile_rows: int, multiple: int) -> Tiles:
+    """Cuts each group into tiles of `tile_rows` rows, the last of a group shorter.
+
+    Args:
+      group_sizes: rows of each group, in order; their sum is at most `num_rows`.
+      num_rows: length of the array of rows.
+      tile_rows: longest tile.
+      multiple: the length of the returned arrays is a multiple of this.
+    """
+    num_groups = group_sizes.shape[0]
+    num_tiles = min(num_rows, num_rows // tile_rows + num_groups)
+    num_tiles += -num_tiles % multiple
+    tiles_of_group = -(-group_sizes // tile_rows)
+    last_tile = jnp.cumsum(tiles_of_group)
+    index = jnp.arange(num_tiles, dtype=group_sizes.dtype)
+    # A comparison with every group: a binary search is a loop, which costs more.
+    group = jnp.sum(index[:, None] >= last_tile[None, :], axis=1, dtype=group_sizes.dtype)
+    exists = group < num_groups
+    group = jnp.minimum(group, num_groups - 1)
+    within = (index - (last_tile - tiles_of_group)[group]) * tile_rows
+    start = (jnp.cumsum(group_sizes) - group_sizes)[group] + within
+    size = jnp.minimum(group_sizes[group] - within, tile_rows)
+    return Tiles(
+        count=last_tile[-1],
+        group=group,
+        start=jnp.where(exists, start, num_rows),
+        size=jnp.where(exists, size, 0),
+    )
+
+
+def take(x: Array, start: Array, size: int) -> Array:
+    """Returns rows start : start + size."""
+    return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
+def put(x: Array, rows: Array, start: Array) -> Array:
+    """Replaces rows from `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(x, rows.astype(x.dtype), start, axis=0)
+
+
+def add_to_group(x: Array, part: Array, group: Array) -> Array:
+    """Adds `part` to x[group]."""
+    return jax.lax.dynamic_update_index_in_dim(x, x[group] + part, group, axis=0)
+
+
+def dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
+    """Multiplies two matrices along the given dimensions, summing in float32."""
+    dimensions = (((contract_a,), (contract_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
