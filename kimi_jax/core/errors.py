@@ -24,6 +24,10 @@ class TrainingFailedError(KimiError):
     """Training cannot go on: the loss or the gradient is no longer finite."""
 
 
+class TrainingInterruptedError(KimiError):
+    """The run was asked to stop, and can be resumed."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds."""
     if not condition:

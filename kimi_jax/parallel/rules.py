@@ -16,7 +16,6 @@ from kimi_jax.core.param_spec import NORM, SELECTION_BIAS, ParamSpec, map_specs
 from kimi_jax.parallel.mesh import DATA, EXPERT
 
 BATCH = PartitionSpec((DATA, EXPERT))  # the first axis of every activation
-MICRO_BATCHES = PartitionSpec(None, (DATA, EXPERT))  # [accumulation step, sequence, ...]
 REPLICATED = PartitionSpec()
 
 RuleTable = Mapping[str, tuple[str, ...]]

@@ -1,0 +1,35 @@
+"""Does the whole machine work? A tiny K2 learns the Python standard library on eight simulated devices.
+
+python -m experiments.train --config=experiments/configs/tiny_cpu.py
+"""
+
+import ml_collections
+
+from kimi_jax.configs import convert, presets
+from kimi_jax.configs.data import DataConfig, TokenizerConfig, TokenizerKind
+from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.configs.optimizer import OptimizerConfig, ScheduleConfig
+from kimi_jax.configs.parallel import ParallelConfig
+from kimi_jax.configs.training import TrainingConfig
+
+_VOCAB_SIZE = 2048
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the configuration; every option can be overridden with --config.path.to.option=value."""
+    return convert.to_config_dict(
+        ExperimentConfig(
+            model=presets.tiny(vocab_size=_VOCAB_SIZE),
+            data=DataConfig(
+                tokenizer=TokenizerConfig(kind=TokenizerKind.BPE, vocab_size=_VOCAB_SIZE),
+                sequence_length=256,
+            ),
+            optimizer=OptimizerConfig(
+                schedule=ScheduleConfig(peak=4e-3, warmup_steps=20, decay_steps=150, final=4e-4)
+            ),
+            training=TrainingConfig(
+                num_steps=300, batch_sequences=16, eval_every=100, checkpoint_every=100
+            ),
+            parallel=ParallelConfig(simulated_devices=8),
+        )
+    )

@@ -1,0 +1,37 @@
+"""Pre-trains a model: python -m experiments.train --config=experiments/configs/tiny_cpu.py.
+
+Options of the run are overridden by path, such as --config.training.num_steps=1000. The same
+command resumes a run that was stopped. At the end, WORKDIR/report/index.html shows it.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import program
+from kimi_jax.configs import convert
+from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.parallel.mesh import simulate_devices
+from kimi_jax.pretrain import pretrain
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="file whose get_config() returns the configuration"
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "folder of the run; by default runs/ and the name of the config file"
+)
+_RESUME = flags.DEFINE_bool("resume", True, "go on with the run that the workdir holds")
+flags.mark_flag_as_required("config")
+
+
+def main() -> None:
+    """Turns flags into a configuration and runs it."""
+    config = convert.from_mapping(ExperimentConfig, _CONFIG.value)
+    config_file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    simulate_devices(config.parallel.simulated_devices)
+    pretrain(config, _WORKDIR.value or f"runs/{config_file.stem}", resume=_RESUME.value)
+
+
+if __name__ == "__main__":
+    program.run(main)

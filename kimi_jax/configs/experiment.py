@@ -1,0 +1,46 @@
+"""The root of a run's configuration, and the checks that need two of its parts."""
+
+import dataclasses
+
+from kimi_jax.configs.checks import check_fields
+from kimi_jax.configs.compute import ComputeConfig
+from kimi_jax.configs.data import DataConfig
+from kimi_jax.configs.model import ModelConfig
+from kimi_jax.configs.optimizer import OptimizerConfig
+from kimi_jax.configs.parallel import ParallelConfig
+from kimi_jax.configs.training import TrainingConfig
+from kimi_jax.core.errors import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything that decides a pre-training run.
+
+    Attributes:
+      model: the architecture.
+      data: the corpus, its tokenizer and how it is packed.
+      optimizer: how parameters move.
+      training: for how long, and what is kept.
+      compute: formats, kernels and memory.
+      parallel: the mesh.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+
+    def __post_init__(self):
+        check_fields(self, "config")
+        require(
+            self.data.sequence_length <= self.model.max_position,
+            f"data.sequence_length ({self.data.sequence_length}) exceeds model.max_position "
+            f"({self.model.max_position})",
+        )
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in one optimizer step."""
+        return self.training.batch_sequences * self.data.sequence_length

@@ -1,0 +1,65 @@
+"""Sampling text from a trained model by running the whole context for every token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from kimi_jax.configs.compute import ComputeConfig
+from kimi_jax.configs.model import ModelConfig
+from kimi_jax.model import transformer
+from kimi_jax.parallel.rules import BATCH
+
+
+def sample(
+    params: transformer.TransformerParams,
+    prompts: Int[Array, "B P"],
+    key: jax.Array,
+    *,
+    num_tokens: int,
+    temperature: float,
+    config: ModelConfig,
+    choices: ComputeConfig,
+) -> Int[Array, "B T"]:
+    """Continues prompts of equal length.
+
+    Token t + 1 is drawn from softmax(logits_t / temperature). There is no cache: the work is that
+    of num_tokens forward passes over P + num_tokens tokens, right for a sample at the end of a run.
+
+    Args:
+      params: stored parameters.
+      prompts: token ids; B must split evenly over the mesh.
+      key: random key.
+      num_tokens: how many tokens to add.
+      temperature: above 0.
+      config: the architecture; P + num_tokens must not exceed max_position.
+      choices: how to compute it.
+
+    Returns:
+      Prompts and continuations, T = P + num_tokens.
+    """
+    run = functools.partial(
+        _sample, num_tokens=num_tokens, temperature=temperature, config=config, choices=choices
+    )
+    return jax.jit(run)(params, prompts, key)
+
+
+def _sample(params, prompts, key, *, num_tokens, temperature, config, choices):
+    length = prompts.shape[1]
+    tokens = jnp.pad(prompts, ((0, 0), (0, num_tokens)))
+    positions = jax.reshard(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), BATCH)
+    segments = jax.reshard(jnp.ones_like(tokens), BATCH)
+
+    def add_token(index: Array, tokens: Array) -> Array:
+        hidden, _ = transformer.forward(
+            params, tokens, positions, segments, config=config, choices=choices
+        )
+        last = jax.lax.dynamic_slice_in_dim(hidden, index - 1, 1, axis=1)
+        logits = transformer.logits(params, last, config=config, choices=choices)
+        drawn = jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)
+        return jax.lax.dynamic_update_slice_in_dim(
+            tokens, drawn.astype(tokens.dtype), index, axis=1
+        )
+
+    return jax.lax.fori_loop(length, length + num_tokens, add_token, tokens)

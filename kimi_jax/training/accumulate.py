@@ -1,0 +1,66 @@
+"""Gradients of a batch computed in micro-batches, equal to those of the batch at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kimi_jax.core import precision
+from kimi_jax.model import stats as model_stats
+from kimi_jax.model.stats import ModelStats
+from kimi_jax.parallel import rules
+
+# (params, micro-batch) -> (its share of the batch's loss, (named parts of it, statistics))
+LossFunction = Callable[[Any, Any], tuple[jax.Array, tuple[dict[str, jax.Array], ModelStats]]]
+
+
+def split_micro_batches(batch: Any, count: int) -> Any:
+    """Splits leaves [B, ...] into [count, B / count, ...] without communication.
+
+    Micro-batch i takes row i, i + count, i + 2 count ... so that each device's rows stay its own.
+    """
+
+    def split(leaf: jax.Array) -> jax.Array:
+        rows = leaf.shape[0] // count
+        grouped = jax.lax.reshape(leaf, (rows, count, *leaf.shape[1:]), out_sharding=rules.BATCH)
+        return jnp.moveaxis(grouped, 1, 0)
+
+    return jax.tree.map(split, batch)
+
+
+def accumulate(
+    loss_fn: LossFunction, params: Any, micro_batches: Any
+) -> tuple[Any, dict[str, jax.Array], ModelStats]:
+    """Sums losses and gradients over micro-batches and merges their statistics.
+
+    Exact token weighting is the loss function's part: it divides by the weight of the whole batch,
+    so that shares add up whatever the micro-batches hold.
+
+    Args:
+      loss_fn: see `LossFunction`; its shares and parts are added, its statistics merged each by
+        its declared reduction (maxima stay maxima).
+      params: differentiated.
+      micro_batches: leaves with a leading axis of micro-batches.
+
+    Returns:
+      Gradients in float32, the parts of the loss, the statistics.
+    """
+    gradient_fn = jax.grad(loss_fn, has_aux=True)
+
+    def compute(micro_batch: Any) -> tuple[Any, dict[str, jax.Array], ModelStats]:
+        gradients, (parts, stats) = gradient_fn(params, micro_batch)
+        return precision.cast_floats(gradients, precision.MASTER), parts, stats
+
+    first = compute(jax.tree.map(lambda leaf: leaf[0], micro_batches))
+    rest = jax.tree.map(lambda leaf: leaf[1:], micro_batches)
+    if jax.tree.leaves(rest)[0].shape[0] == 0:
+        return first
+
+    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
+        gradients, parts, stats = compute(micro_batch)
+        summed = jax.tree.map(jnp.add, total[:2], (gradients, parts))
+        return (*summed, model_stats.merge(total[2], stats)), None
+
+    total, _ = jax.lax.scan(add, first, rest)
+    return total

@@ -1,0 +1,84 @@
+"""Checkpoints of the whole run: parameters, optimizer, clip history, random key, data cursor."""
+
+import os
+import pathlib
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from kimi_jax.core.errors import CheckpointMismatchError
+from kimi_jax.training.state import TrainState
+
+CHECKPOINT_FOLDER = "checkpoints"
+_STATE = "state"
+_DATA = "data"
+
+
+class Checkpointer:
+    """A context manager that saves in the background and keeps the newest checkpoints.
+
+    A checkpoint appears under its final name only when it is complete, so that a process killed
+    while saving leaves the one before.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, keep: int) -> None:
+        """Opens the checkpoints of a run.
+
+        Args:
+          workdir: folder of the run.
+          keep: how many of the newest checkpoints stay on disk.
+        """
+        folder = pathlib.Path(workdir).absolute() / CHECKPOINT_FOLDER
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(folder, options=options, item_names=(_STATE, _DATA))
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Optimizer steps done in the newest complete checkpoint; None without any."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data_cursor: dict[str, Any]) -> None:
+        """Starts to save; returns once the arrays are copied, so that they may be overwritten."""
+        step = int(state.step)
+        if step == self.latest_step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_cursor)
+            ),
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Reads the newest checkpoint.
+
+        Args:
+          like: from `abstract_state`; says where on the mesh each leaf goes.
+
+        Returns:
+          The state and the data cursor.
+
+        Raises:
+          CheckpointMismatchError: the checkpoint holds other leaves or shapes.
+        """
+        step = self.latest_step
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+                ),
+            )
+        except (ValueError, KeyError) as error:
+            raise CheckpointMismatchError(
+                f"checkpoint {step} in {self._manager.directory} does not fit this configuration: "
+                f"{error}"
+            ) from error
+        return restored[_STATE], restored[_DATA]

@@ -1,0 +1,114 @@
+"""The loop around the train step."""
+
+import contextlib
+import os
+from collections.abc import Callable
+
+import jax
+
+from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.core.errors import TrainingInterruptedError
+from kimi_jax.data.corpus import Corpus
+from kimi_jax.data.device_feed import DeviceFeed
+from kimi_jax.data.pipeline import BatchIterator, train_batches
+from kimi_jax.model import transformer
+from kimi_jax.parallel import mesh as meshes
+from kimi_jax.parallel.rules import BATCH
+from kimi_jax.training import faults
+from kimi_jax.training import workdir as workdirs
+from kimi_jax.training.checkpoint import Checkpointer
+from kimi_jax.training.metric_log import MetricLog
+from kimi_jax.training.progress import Progress
+from kimi_jax.training.state import TrainState, abstract_state, initial_state
+from kimi_jax.training.step import compile_train_step, make_optimizer
+from kimi_jax.training.throughput import Throughput
+
+# (stored parameters) -> metrics named eval/...
+Evaluation = Callable[[transformer.TransformerParams], dict[str, float]]
+
+
+def train(
+    config: ExperimentConfig,
+    workdir: str | os.PathLike,
+    corpus: Corpus,
+    *,
+    mesh: jax.sharding.Mesh,
+    evaluate: Evaluation,
+    resume: bool = True,
+) -> TrainState:
+    """Trains until `training.num_steps`, from the newest checkpoint in `workdir` where there is one.
+
+    Args:
+      config: the run.
+      workdir: folder for `config.json`, metrics and checkpoints.
+      corpus: the opened `config.data`.
+      mesh: the devices; current (`jax.set_mesh`) while this runs.
+      evaluate: measures parameters on held-out text.
+      resume: False refuses a folder that holds a run.
+
+    Returns:
+      The final state, which is also the newest checkpoint.
+
+    Raises:
+      CheckpointMismatchError: the folder holds a run of another configuration.
+      TrainingFailedError: the loss or its gradient is no longer finite.
+      TrainingInterruptedError: the process was asked to stop; a checkpoint of the last step is
+        written.
+    """
+    meshes.check_batch(mesh, config.training.batch_sequences, config.training.accumulation_steps)
+    plan = transformer.specs(config.model)
+    workdir = workdirs.claim(workdir, config, resume=resume)
+    num_steps = config.training.num_steps
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpointer(workdir, keep=config.training.checkpoints_to_keep)
+        )
+        batches = train_batches(corpus, config.data, config.training.batch_sequences)
+        state = _resume_or_start(config, plan, mesh, checkpoints, batches)
+        first_step = int(state.step)
+        feed = DeviceFeed(batches, jax.NamedSharding(mesh, BATCH))
+        log = stack.enter_context(MetricLog(workdir, from_step=first_step))
+        progress = stack.enter_context(Progress(num_steps))
+        stop = stack.enter_context(faults.StopRequest())
+        train_step = compile_train_step(config, plan)
+        throughput = Throughput(config)
+        for step in range(first_step, num_steps):
+            state, metrics = train_step(state, next(feed))
+            log.write(step, metrics)  # records the step before: the host never waits for this one
+            log.write(step, throughput.tick(num_steps - step - 1))
+            if _due(step, config.training.eval_every) or step + 1 == num_steps:
+                log.write(step, evaluate(state.params))
+                throughput.restart()
+            if _due(step, config.training.checkpoint_every) or step + 1 == num_steps or stop.signal:
+                log.flush()
+                faults.check(log.latest_step, log.latest)  # a broken state is never kept
+                checkpoints.save(state, feed.get_state())
+            faults.check(log.latest_step, log.latest)
+            progress.update(log.latest_step, log.latest)
+            if stop.signal:
+                raise TrainingInterruptedError(
+                    f"stopped by {stop.signal} after step {step + 1} of {num_steps}, which is saved in "
+                    f"{workdir}; the same command goes on from there"
+                )
+    return state
+
+
+def _resume_or_start(
+    config: ExperimentConfig,
+    plan: transformer.TransformerParams,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpointer,
+    batches: BatchIterator,
+) -> TrainState:
+    """Restores the newest checkpoint and the data cursor, or creates the state of step 0."""
+    transformation = make_optimizer(config, plan)
+    if checkpoints.latest_step is None:
+        return initial_state(config, plan, transformation)
+    like = abstract_state(config, plan, transformation, mesh)
+    state, cursor = checkpoints.restore(like)
+    batches.set_state(cursor)
+    return state
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and (step + 1) % every == 0

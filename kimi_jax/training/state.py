@@ -1,0 +1,63 @@
+"""Everything a run needs to go on from where it was."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.core.param_spec import Leaf
+from kimi_jax.parallel.placement import initialize
+
+
+@struct.dataclass
+class TrainState:
+    """The state of a run between two optimizer steps; together with the data cursor, all of it."""
+
+    step: Leaf  # int32 scalar: optimizer steps done
+    params: Leaf  # TransformerParams, float32, in storage layout
+    optimizer: Leaf  # state of the optax transformation, laid out like the parameters
+    clipped_ever: Leaf  # bool [L, N]: heads that QK-clip has ever scaled
+    rng: Leaf  # uint32 key data of the run's root key
+
+
+def initial_state(
+    config: ExperimentConfig, plan: Any, transformation: optax.GradientTransformation
+) -> TrainState:
+    """Creates the state of step 0, each leaf directly in its layout. One compiled program."""
+
+    @jax.jit
+    def create(rng: jax.Array) -> TrainState:
+        params = initialize(jax.random.wrap_key_data(rng), plan)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            optimizer=transformation.init(params),
+            clipped_ever=jnp.zeros((config.model.num_layers, config.model.num_heads), bool),
+            rng=rng,
+        )
+
+    return create(jax.random.key_data(jax.random.key(config.training.seed)))
+
+
+def abstract_state(
+    config: ExperimentConfig,
+    plan: Any,
+    transformation: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState:
+    """Returns shapes, dtypes and shardings of `initial_state`, without computing it.
+
+    What a checkpoint is restored into: a state saved on one mesh lands on another by its names.
+    """
+    shapes = jax.eval_shape(lambda: initial_state(config, plan, transformation))
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Scalars come out of eval_shape without a sharding.
+        spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, shapes)
