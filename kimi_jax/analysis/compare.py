@@ -28,8 +28,8 @@ def curves(
     across: Across = Across.TOKENS,
     title: str = "Training loss",
     unit: str = "nats per token",
-    horizontal: Mapping[str, float] | None = None,
-    vertical: Mapping[str, float] | None = None,
+    horizontal: Mapping[str, int | float] | None = None,
+    vertical: Mapping[str, int | float] | None = None,
 ) -> Any:
     """Draws one metric of several runs over each other, smoothed.
 
@@ -87,7 +87,7 @@ def _positions(
     return (steps + 1) * run.tokens_per_step
 
 
-def _vertical_line(axis: Any, value: float, text: str) -> None:
+def _vertical_line(axis: Any, value: int | float, text: str) -> None:
     axis.axvline(value, color=style.GREY, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
     axis.annotate(
         text, xy=(value, 1), xycoords=("data", "axes fraction"), xytext=(0, -4),

@@ -53,21 +53,21 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
 
 def summary_rows(run: RunLog) -> list[tuple[str, str]]:
     """Name and value of what the report's table shows, in its order."""
-    rows = [(text, shape(run.summary[key])) for key, text, shape in _SUMMARY if key in run.summary]
-    shown = {key for key, _, _ in _SUMMARY} | {"sample"}
-    others = {key: value for key, value in run.summary.items() if key not in shown}
-    return rows + [(key.replace("_", " "), _plain(value)) for key, value in others.items()]
+    known = {key: value for key, value in run.summary.items() if value is not None}
+    rows = [(text, shape(known.pop(key))) for key, text, shape in _SUMMARY if key in known]
+    known.pop("sample", None)
+    return rows + [(key.replace("_", " "), _plain(value)) for key, value in known.items()]
 
 
-def _bits(value: float) -> str:
+def _bits(value: int | float) -> str:
     return f"{value:.4f}"
 
 
-def _count(value: float) -> str:
+def _count(value: int | float) -> str:
     return f"{value:,.0f}"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: int | float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} (h:mm:ss)"
 

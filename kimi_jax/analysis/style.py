@@ -77,7 +77,7 @@ def missing(axis: Any, what: str) -> None:
         side.set_visible(False)
 
 
-def reference_line(axis: Any, value: float, text: str, color: str = GREY) -> None:
+def reference_line(axis: Any, value: int | float, text: str, color: str = GREY) -> None:
     """Draws a dashed horizontal line with its meaning written on it, at the right."""
     axis.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
     axis.annotate(

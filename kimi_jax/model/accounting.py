@@ -82,8 +82,8 @@ def train_flops_per_step(config: ModelConfig, batch_sequences: int, sequence_len
 def active_parameters(config: ModelConfig) -> int:
     """Number of parameters that one token uses: all but the experts it is not sent to.
 
-    Embedding, head, norms and the router's selection biases count whole. This gives 32.86 B for Kimi
-    K2, whose report says 32.6 B (arXiv 2507.20534, section 2.3) without saying what is left out.
+    Embedding, head, norms and the router's selection biases count whole. This gives 32.86 B for
+    Kimi K2, whose report says 32.6 B (arXiv 2507.20534, section 2.3), not what that leaves out.
     """
     unused = config.num_routed_experts - config.experts_per_token
     expert = SWIGLU_MATRICES * config.embed_dim * config.expert_ffn_dim

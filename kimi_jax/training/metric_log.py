@@ -163,13 +163,13 @@ class _Writer:
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         seconds = round(time.monotonic() - self._start, 3)
-        numbers = {name: _number(value) for name, value in values.items()}
+        numbers = {name: _plain(value) for name, value in values.items()}
         _append(self._metrics, {"step": step, "seconds": seconds, **numbers})
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
 
     def arrays(self, step: int, values: Mapping[str, np.ndarray]) -> None:
-        _append(self._layers, {"step": step} | {k: _numbers(v) for k, v in values.items()})
+        _append(self._layers, {"step": step} | {k: _plain(v) for k, v in values.items()})
         for name, value in values.items():
             finite = np.asarray(value, np.float64)
             finite = finite[np.isfinite(finite)]
@@ -226,8 +226,10 @@ def _append(file: io.TextIOBase, record: Mapping[str, Any]) -> None:
     file.flush()
 
 
-def _number(value: Any) -> int | float | None:
-    """The shortest decimal that reads back as the same value in the value's own precision."""
+def _plain(value: Any) -> int | float | list | None:
+    """Numbers as the shortest decimals that read back as the same value in their own precision."""
+    if np.ndim(value):
+        return [_plain(part) for part in value]
     dtype = np.asarray(value).dtype
     if dtype.kind in "iub":
         return int(value)
@@ -235,12 +237,6 @@ def _number(value: Any) -> int | float | None:
     if not np.isfinite(number):
         return None
     return number if dtype == np.float64 else float(str(np.float32(number)))
-
-
-def _numbers(array: np.ndarray) -> list:
-    if array.ndim == 0:
-        return _number(array[()])
-    return [_numbers(part) for part in array]
 
 
 def _is_first_process() -> bool:

@@ -59,7 +59,7 @@ class Progress:
         num_steps: int,
         *,
         console: Console | None = None,
-        line_seconds: float = LINE_SECONDS,
+        line_seconds: int | float = LINE_SECONDS,
     ) -> None:
         """Shows nothing yet.
 
@@ -160,7 +160,7 @@ _SHOWN = (
 )
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: int | float) -> str:
     """Writes a duration as h:mm:ss; `?` where it is not finite."""
     if not 0 <= seconds < float("inf"):
         return "?"
