@@ -1,5 +1,6 @@
 """Newton-Schulz iteration: the orthogonal matrix nearest to a matrix, by matrix products alone."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -80,12 +81,18 @@ def newton_schulz(
     wide = (x.mT if is_tall else x).astype(jnp.float32)
     norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=(-2, -1), keepdims=True))
     wide = wide / (norm + _NORM_EPS)
-    for a, b, c in coefficients(preset, steps):
+
+    def step(wide, row):
+        a, b, c = row
         factor = wide.astype(dtype.value)
         gram = _product(factor, factor.mT)
         gram_factor = gram.astype(dtype.value)
         polynomial = b * gram + c * _product(gram_factor, gram_factor)
-        wide = a * wide + _product(polynomial.astype(dtype.value), factor)
+        return a * wide + _product(polynomial.astype(dtype.value), factor), None
+
+    # A scan compiles one step instead of all, and runs as fast.
+    rows = jnp.asarray(coefficients(preset, steps), jnp.float32)
+    wide, _ = jax.lax.scan(step, wide, rows)
     return (wide.mT if is_tall else wide).astype(x.dtype)
 
 

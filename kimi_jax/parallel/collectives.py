@@ -12,6 +12,10 @@ from jax.sharding import PartitionSpec
 
 from kimi_jax.parallel.per_shard import per_shard
 
+# On CPU, products of single matrices of a few hundred rows use one core and products of large
+# batches fall out of the caches; 4 was as good as any batch of 2 .. 16 (BUILD_NOTES.md).
+_CPU_BATCH = 4
+
 # Accelerators compute this many values of matrices (256 MB in bfloat16) at a time: enough to fill
 # them, and a bound on the temporary memory of a batch.
 _ACCELERATOR_BATCH_VALUES = 2**27
@@ -129,30 +133,34 @@ def _return_share(stack: jax.Array, name: str, dim: int | None) -> jax.Array:
 def _compute(
     fn: Callable[..., Any], stacks: list[jax.Array], begin: Any, end: Any
 ) -> list[jax.Array]:
-    """Applies `fn` to the items begin .. end; the rest, which is padding, comes out undefined.
+    """Applies `fn` to the items begin .. end, in batches; batches of padding alone are left out."""
+    owned = stacks[0].shape[0]
+    values = sum(math.prod(stack.shape[1:]) for stack in stacks)
 
-    The CPU multiplies single matrices at full speed and batches of them slowly, so that there it
-    goes item by item; an accelerator takes batches, padding included.
-    """
-
-    def one_by_one(begin, end, *stacks):
-        def step(index, results):
-            items = [jax.lax.dynamic_index_in_dim(s, index, keepdims=False) for s in stacks]
+    def in_batches_of(batch: int, begin: Any, end: Any, *stacks: jax.Array):
+        def step(number, results):
+            items = [jax.lax.dynamic_slice_in_dim(s, number * batch, batch) for s in stacks]
             return tuple(
-                jax.lax.dynamic_update_index_in_dim(result, item, index, 0)
-                for result, item in zip(results, fn(items), strict=True)
+                jax.lax.dynamic_update_slice_in_dim(result, done, number * batch, 0)
+                for result, done in zip(results, jax.vmap(fn)(items), strict=True)
             )
 
-        return jax.lax.fori_loop(begin, end, step, tuple(stacks))
+        return jax.lax.fori_loop(begin // batch, -(-end // batch), step, tuple(stacks))
 
-    def in_batches(begin, end, *stacks):
-        del begin, end
-        values = sum(math.prod(stack.shape[1:]) for stack in stacks)
-        batch_size = max(1, _ACCELERATOR_BATCH_VALUES // values)
-        return tuple(jax.lax.map(fn, list(stacks), batch_size=batch_size))
+    cpu = _largest_divisor(owned, _CPU_BATCH)
+    accelerator = _largest_divisor(owned, max(1, _ACCELERATOR_BATCH_VALUES // values))
+    results = jax.lax.platform_dependent(
+        begin,
+        end,
+        *stacks,
+        cpu=functools.partial(in_batches_of, cpu),
+        default=functools.partial(in_batches_of, accelerator),
+    )
+    return list(results)
 
-    mapped = jax.lax.platform_dependent(begin, end, *stacks, cpu=one_by_one, default=in_batches)
-    return list(mapped)
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
 
 
 def _full_spec(leaf: jax.Array) -> PartitionSpec:
