@@ -23,6 +23,7 @@ from kimi_jax.parallel.rules import BATCH
 from tests.support import hf_layout
 
 _GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden" / "hf"
+_CASES = ("plain", "yarn_k2", "yarn_k2_5", "groups", "no_query_latent", "two_shared_experts")
 # Relative to the largest value of one layer's tensor. The reference's own float32 run is up to
 # 2.2e-5 away from the float64 run that the files hold.
 _TOLERANCE = 1e-4
@@ -74,9 +75,7 @@ def _watched_routers():
 
 
 class HfParityTest(parameterized.TestCase):
-    @parameterized.parameters(
-        "plain", "yarn_k2", "yarn_k2_5", "groups", "no_query_latent", "two_shared_experts"
-    )
+    @parameterized.named_parameters((f"_{case}", case) for case in _CASES)
     def test_loss_logits_gradients_and_experts_are_those_of_the_reference(self, case):
         golden = np.load(_GOLDEN / f"{case}.npz")
         config = model_config_from_hugging_face(json.loads(str(golden["metadata"]))["config"])
