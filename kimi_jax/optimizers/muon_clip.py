@@ -108,7 +108,7 @@ def clip_by_global_norm(max_norm: float | None, is_trained: Any) -> optax.Gradie
             )
             if counts
         ]
-        norm = optax.global_norm(trained).astype(jnp.float32)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in trained))
         if max_norm is not None:
             scale = jnp.where(norm > max_norm, max_norm / norm, 1.0)
             scale = jnp.where(jnp.isfinite(norm), scale, jnp.nan)

@@ -10,68 +10,45 @@ from kimi_jax.optimizers.schedules import learning_rate_schedule
 RTOL = 1e-6
 
 
-def closed_form(step, *, decay, peak, final, anneal_final, warmup, stable, decay_steps, anneal):
-    """Learning rate of one step, phase by phase, in float64."""
-    step += 1
-    if step <= warmup:
-        return peak * step / warmup
-    step -= warmup
-    if step <= stable:
-        return peak
-    step -= stable
-    if step <= decay_steps:
-        fraction = step / decay_steps
+CONFIG = {
+    "peak": 2e-4,
+    "warmup_steps": 5,
+    "stable_steps": 7,
+    "decay_steps": 10,
+    "final": 2e-5,
+    "anneal_steps": 4,
+    "anneal_final": 7e-6,
+}
+
+
+def closed_form(step, decay):
+    """Learning rate of one step of `CONFIG`, phase by phase, in float64."""
+    done = step + 1
+    if done <= 5:
+        return 2e-4 * done / 5
+    if done <= 12:
+        return 2e-4
+    if done <= 22:
+        fraction = (done - 12) / 10
         if decay is Decay.COSINE:
-            return final + (peak - final) * (1 + np.cos(np.pi * fraction)) / 2
-        return peak + (final - peak) * fraction
-    step = min(step - decay_steps, anneal)
-    return final + (anneal_final - final) * step / anneal
+            return 2e-5 + 1.8e-4 * (1 + np.cos(np.pi * fraction)) / 2
+        return 2e-4 - 1.8e-4 * fraction
+    return 2e-5 - 1.3e-5 * min(done - 22, 4) / 4
 
 
 class ScheduleTest(parameterized.TestCase):
     @parameterized.parameters(Decay.COSINE, Decay.LINEAR)
     def test_every_step_follows_the_closed_form(self, decay):
-        config = ScheduleConfig(
-            peak=2e-4,
-            warmup_steps=5,
-            stable_steps=7,
-            decay_steps=10,
-            decay=decay,
-            final=2e-5,
-            anneal_steps=4,
-            anneal_final=7e-6,
-        )
         steps = np.arange(35)
-        expected = [
-            closed_form(
-                s,
-                decay=decay,
-                peak=2e-4,
-                final=2e-5,
-                anneal_final=7e-6,
-                warmup=5,
-                stable=7,
-                decay_steps=10,
-                anneal=4,
-            )
-            for s in steps
-        ]
-        rates = learning_rate_schedule(config, num_steps=30)(steps)
+        expected = [closed_form(step, decay) for step in steps]
+        rates = learning_rate_schedule(ScheduleConfig(**CONFIG, decay=decay), num_steps=30)(steps)
         np.testing.assert_allclose(rates, expected, rtol=RTOL)
 
     @parameterized.parameters(
         (0, 2e-4 / 5), (4, 2e-4), (11, 2e-4), (21, 2e-5), (25, 7e-6), (1000, 7e-6)
     )
     def test_last_step_of_each_phase_has_its_final_value(self, step, expected):
-        config = ScheduleConfig(
-            peak=2e-4,
-            warmup_steps=5,
-            stable_steps=7,
-            decay_steps=10,
-            final=2e-5,
-            anneal_steps=4,
-            anneal_final=7e-6,
-        )
+        config = ScheduleConfig(**CONFIG)
         rate = jax.jit(learning_rate_schedule(config, num_steps=26))(step)
         np.testing.assert_allclose(rate, expected, rtol=RTOL)
 

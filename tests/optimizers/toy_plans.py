@@ -1,6 +1,5 @@
 """Small plans with every kind of parameter that the optimizer meets."""
 
-import math
 from typing import Any
 
 import jax
@@ -29,7 +28,8 @@ def other(kind: str, shape, axes) -> ParamSpec:
     return ParamSpec(shape=shape, axes=axes, init=_INIT, tags=frozenset({kind}))
 
 
-def attention_plan(D=16, Q=8, N=2, H=4, R=2, U=4, C=8) -> dict[str, ParamSpec]:
+def attention_plan(num_heads=2) -> dict[str, ParamSpec]:
+    D, Q, N, H, R, U, C = 16, 8, num_heads, 4, 2, 4, 8
     q, c = (ax.Q_LATENT,), (ax.KV_LATENT,)
     nope, rope, value = (
         (ax.HEADS, ax.HEAD_NOPE),
@@ -51,13 +51,16 @@ def attention_plan(D=16, Q=8, N=2, H=4, R=2, U=4, C=8) -> dict[str, ParamSpec]:
     }
 
 
-def _feed_forward_plan(D, width, axis, stack=(), stack_axes=(), tags=()) -> dict[str, ParamSpec]:
-    up = matrix((*stack, D, width), (*stack_axes, ax.EMBED, axis), (ax.EMBED,), *tags)
-    down = matrix((*stack, width, D), (*stack_axes, axis, ax.EMBED), (axis,), *tags)
+def _feed_forward_plan(
+    embed, width, axis, stack=(), stack_axes=(), tags=()
+) -> dict[str, ParamSpec]:
+    up = matrix((*stack, embed, width), (*stack_axes, ax.EMBED, axis), (ax.EMBED,), *tags)
+    down = matrix((*stack, width, embed), (*stack_axes, axis, ax.EMBED), (axis,), *tags)
     return {"w_gate": up, "w_up": up, "w_down": down}
 
 
-def model_plan(D=16, F=24, M=8, E=4, V=32, num_dense=1, num_moe=2) -> dict[str, Any]:
+def model_plan() -> dict[str, Any]:
+    D, F, M, E, V = 16, 24, 8, 4, 32
     router = {
         "w_router": matrix((D, E), (ax.EMBED, ax.EXPERTS), (ax.EMBED,), ps.ROUTER),
         "selection_bias": other(ps.SELECTION_BIAS, (E,), (ax.EXPERTS,)),
@@ -68,7 +71,7 @@ def model_plan(D=16, F=24, M=8, E=4, V=32, num_dense=1, num_moe=2) -> dict[str, 
     def block(feed_forward):
         return {
             "attention_norm": other(ps.NORM, (D,), (ax.EMBED,)),
-            "attention": attention_plan(D),
+            "attention": attention_plan(),
             "feed_forward_norm": other(ps.NORM, (D,), (ax.EMBED,)),
             "feed_forward": feed_forward,
         }
@@ -77,8 +80,8 @@ def model_plan(D=16, F=24, M=8, E=4, V=32, num_dense=1, num_moe=2) -> dict[str, 
     dense = block(_feed_forward_plan(D, F, ax.FFN))
     return {
         "embedding": other(ps.EMBEDDING, (V, D), (ax.VOCAB, ax.EMBED)),
-        "dense_blocks": ps.stack(dense, num_dense) if num_dense else None,
-        "moe_blocks": ps.stack(block(moe), num_moe),
+        "dense_blocks": ps.stack(dense, 1),
+        "moe_blocks": ps.stack(block(moe), 2),
         "final_norm": other(ps.NORM, (D,), (ax.EMBED,)),
         "head": other(ps.HEAD, (D, V), (ax.EMBED, ax.VOCAB)),
     }

@@ -1,0 +1,241 @@
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+
+from kimi_jax.configs.optimizer import (
+    NewtonSchulzDtype,
+    OptimizerConfig,
+    OptimizerName,
+    ScheduleConfig,
+)
+from kimi_jax.core import axes as ax
+from kimi_jax.core.param_spec import MATRIX, ROUTER, named_specs
+from kimi_jax.optimizers import muon_clip as mc
+from tests.optimizers import toy_plans
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "optimizer"
+
+# Both sides compute in float32, torch in another order; weights are of order 1.
+FLOAT32_ATOL = 3e-5
+# bfloat16 keeps 8 bits, and torch rounds each product and sum while ours keeps sums in float32: an
+# update of rms 0.2 moves by up to a few percent, times lr 0.02 and 8 steps.
+BFLOAT16_ATOL = 8e-3
+
+
+def config(**options) -> OptimizerConfig:
+    peak = options.pop("peak", 0.02)
+    return OptimizerConfig(schedule=ScheduleConfig(peak=peak), **options)
+
+
+def golden(name):
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files if "/" in key}
+        return arrays, json.loads(str(file["options"]))
+
+
+def trajectory(arrays, optimizer_config, plan):
+    """Feeds the recorded gradients to our optimizer; returns weights after every step."""
+    optimizer = mc.muon_clip(optimizer_config, plan, num_steps=100)
+    params = {name: jnp.asarray(arrays[f"initial/{name}"]) for name in plan}
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(gradients, state, params):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    history = []
+    for number in range(len(arrays[f"gradients/{next(iter(plan))}"])):
+        gradients = {name: jnp.asarray(arrays[f"gradients/{name}"][number]) for name in plan}
+        params, state = step(gradients, state, params)
+        history.append(params)
+    return {name: np.stack([params[name] for params in history]) for name in plan}
+
+
+def golden_plan(arrays):
+    return {
+        name: toy_plans.matrix(arrays[f"initial/{name}"].shape, (ax.EMBED, ax.FFN), (ax.EMBED,))
+        for name in ("tall", "wide", "square")
+    }
+
+
+class GoldenTest(parameterized.TestCase):
+    @parameterized.product(name=["muon_nesterov", "muon_heavy_ball"], dtype=list(NewtonSchulzDtype))
+    def test_muon_follows_torch_for_eight_steps(self, name, dtype):
+        arrays, options = golden(f"{name}_{dtype.value}")
+        ours = trajectory(
+            arrays,
+            config(
+                peak=options["lr"],
+                weight_decay=options["weight_decay"],
+                momentum=options["momentum"],
+                nesterov=options["nesterov"],
+                newton_schulz_dtype=dtype,
+                max_grad_norm=None,
+            ),
+            golden_plan(arrays),
+        )
+        atol = FLOAT32_ATOL if dtype is NewtonSchulzDtype.FLOAT32 else BFLOAT16_ATOL
+        for matrix, weights in ours.items():
+            np.testing.assert_allclose(weights, arrays[f"weights/{matrix}"], atol=atol)
+
+    def test_adamw_follows_torch_for_eight_steps(self):
+        arrays, options = golden("adamw")
+        ours = trajectory(
+            arrays,
+            config(
+                name=OptimizerName.ADAMW,
+                peak=options["lr"],
+                weight_decay=options["weight_decay"],
+                adam_b1=options["betas"][0],
+                adam_b2=options["betas"][1],
+                adam_eps=options["eps"],
+                max_grad_norm=None,
+            ),
+            golden_plan(arrays),
+        )
+        for matrix, weights in ours.items():
+            np.testing.assert_allclose(weights, arrays[f"weights/{matrix}"], atol=FLOAT32_ATOL)
+
+
+class LabelsTest(parameterized.TestCase):
+    def test_every_leaf_has_exactly_the_label_of_its_kind(self):
+        plan = toy_plans.model_plan()
+        labels = jax.tree.leaves(mc.label_parameters(plan, config()))
+        specs = [spec for _, spec in named_specs(plan)]
+        self.assertLen(labels, len(specs))
+        for label, spec in zip(labels, specs, strict=True):
+            expected = {MATRIX: "muon", "selection_bias": "balanced"}.get(spec.kind, "adamw")
+            self.assertEqual(label, expected)
+
+    def test_embedding_and_head_are_adamw_and_experts_and_router_are_muon(self):
+        plan = toy_plans.model_plan()
+        labels = mc.label_parameters(plan, config())
+        self.assertEqual((labels["embedding"], labels["head"]), ("adamw", "adamw"))
+        feed_forward = labels["moe_blocks"]["feed_forward"]
+        self.assertEqual(set(feed_forward["experts"].values()), {"muon"})
+        self.assertEqual(feed_forward["router"]["w_router"], "muon")
+        self.assertEqual(feed_forward["router"]["selection_bias"], "balanced")
+
+    def test_adamw_takes_the_matrices_when_named(self):
+        labels = mc.label_parameters(toy_plans.model_plan(), config(name=OptimizerName.ADAMW))
+        self.assertEqual(set(jax.tree.leaves(labels)), {"adamw", "balanced"})
+
+    def test_table_counts_every_value_once(self):
+        plan = toy_plans.model_plan()
+        rows = [line.split() for line in mc.describe_labels(plan, config()).splitlines()[1:]]
+        self.assertEqual([row[0] for row in rows], ["adamw", "balanced", "muon"])
+        total = sum(spec.size for _, spec in named_specs(plan))
+        self.assertEqual(sum(int(row[3].replace(",", "")) for row in rows), total)
+        self.assertEqual(sum(int(row[1]) for row in rows), len(list(named_specs(plan))))
+        # 8 MLA matrices in 3 layers, 3 dense, and per MoE layer 3 shared, 3 x 4 experts, 1 router.
+        self.assertEqual(int(rows[2][2]), 8 * 3 + 3 + 2 * (3 + 12 + 1))
+
+
+class OneStepTest(parameterized.TestCase):
+    def step(self, optimizer_config, gradient_scale=1.0, seed=0):
+        plan = toy_plans.model_plan()
+        params = toy_plans.random_like(plan, seed=seed)
+        gradients = jax.tree.map(
+            lambda g: g * gradient_scale, toy_plans.random_like(plan, seed=seed + 1)
+        )
+        optimizer = mc.muon_clip(optimizer_config, plan, num_steps=100)
+        updates, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+        return plan, params, gradients, updates, state
+
+    def test_each_matrix_has_the_update_rms_of_adamw(self):
+        # Jordan's iteration ends with singular values in 0.68 .. 1.2 for all but tiny ones, so that
+        # a random matrix's update has 0.2 times their root mean square.
+        plan, _, _, updates, _ = self.step(config(peak=1.0, weight_decay=0.0))
+        for (name, spec), update in zip(named_specs(plan), jax.tree.leaves(updates), strict=True):
+            if spec.kind != MATRIX:
+                continue
+            # [L, ...], or [L, E, ...] for experts; a matrix n x m of rank min(n, m)
+            is_expert = "experts" in name
+            matrices = update.reshape(*update.shape[: 2 if is_expert else 1], -1)
+            rms = np.sqrt(np.mean(np.square(matrices), axis=-1))
+            self.assertTrue(np.all((rms > 0.13) & (rms < 0.24)), (name, rms))
+
+    def test_metrics_report_the_rms_by_label_and_role(self):
+        _, _, _, updates, state = self.step(config(peak=1.0, weight_decay=0.0))
+        metrics = mc.optimizer_metrics(state)
+        self.assertBetween(float(metrics["optimizer/update_rms/muon"]), 0.13, 0.24)
+        embedding = updates["embedding"]
+        np.testing.assert_allclose(
+            metrics["optimizer/update_rms_of/embedding"],
+            np.sqrt(np.mean(np.square(embedding))),
+            rtol=1e-5,
+        )
+        self.assertNotIn("optimizer/update_rms/balanced", metrics)
+        self.assertNotIn("optimizer/update_rms_of/selection_bias", metrics)
+        self.assertIn("optimizer/update_rms_of/w_q_rope", metrics)
+
+    def test_decay_acts_on_everything_but_selection_biases(self):
+        _, params, _, with_decay, _ = self.step(config(peak=0.5, weight_decay=0.1))
+        _, _, _, without, _ = self.step(config(peak=0.5, weight_decay=0.0))
+        difference = jax.tree.map(lambda a, b: a - b, with_decay, without)
+        expected = jax.tree.map(lambda p: -0.5 * 0.1 * p, params)
+        bias = params["moe_blocks"]["feed_forward"]["router"]["selection_bias"]
+        expected["moe_blocks"]["feed_forward"]["router"]["selection_bias"] = jnp.zeros_like(bias)
+        chex.assert_trees_all_close(difference, expected, atol=1e-6)
+
+    def test_selection_biases_do_not_move(self):
+        _, _, _, updates, _ = self.step(config())
+        bias = updates["moe_blocks"]["feed_forward"]["router"]["selection_bias"]
+        np.testing.assert_array_equal(bias, np.zeros_like(bias))
+
+    @parameterized.parameters(3.0, None)
+    def test_gradient_norm_counts_everything_but_selection_biases(self, max_grad_norm):
+        plan, _, gradients, _, state = self.step(config(max_grad_norm=max_grad_norm))
+        squares = sum(
+            np.sum(np.square(np.asarray(gradient, np.float64)))
+            for (name, _), gradient in zip(
+                named_specs(plan), jax.tree.leaves(gradients), strict=True
+            )
+            if not name.endswith("selection_bias")
+        )
+        norm = mc.optimizer_metrics(state)["optimizer/gradient_norm"]
+        np.testing.assert_allclose(norm, np.sqrt(squares), rtol=1e-5)
+
+    @parameterized.parameters((0.5, 0.1), (100.0, 1.0))
+    def test_gradients_are_scaled_only_above_the_threshold(self, threshold, scale):
+        gradients = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([7.0])}
+        clip = mc.clip_by_global_norm(threshold, {"a": True, "b": False})
+        clipped, state = clip.update(gradients, clip.init(gradients))
+        np.testing.assert_allclose(clipped["a"], np.array([3.0, 4.0]) * scale, rtol=1e-6)
+        np.testing.assert_array_equal(clipped["b"], [7.0])
+        self.assertEqual(float(state.norm), 5.0)
+
+    def test_gradient_that_is_not_finite_is_not_hidden(self):
+        gradients = {"a": jnp.array([3.0, jnp.inf])}
+        clip = mc.clip_by_global_norm(1.0, {"a": True})
+        clipped, state = clip.update(gradients, clip.init(gradients))
+        self.assertFalse(np.isfinite(state.norm))
+        self.assertTrue(np.all(np.isnan(clipped["a"])))
+
+    def test_zero_gradients_give_finite_updates(self):
+        _, _, _, updates, _ = self.step(config(weight_decay=0.0), gradient_scale=0.0)
+        chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, updates))
+
+    def test_state_keeps_its_structure_and_dtypes(self):
+        plan, params, _, _, state = self.step(config())
+        initial = mc.muon_clip(config(), plan, num_steps=100).init(params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(initial, state)
+
+    def test_router_is_one_matrix_whose_columns_are_experts(self):
+        plan = {"w_router": toy_plans.matrix((16, 4), (ax.EMBED, ax.EXPERTS), (ax.EMBED,), ROUTER)}
+        params = toy_plans.random_like(plan, seed=0)
+        optimizer = mc.muon_clip(config(peak=1.0, weight_decay=0.0), plan, num_steps=10)
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        values = np.linalg.svd(updates["w_router"], compute_uv=False) / (0.2 * 16**0.5)
+        self.assertTrue(np.all((values > 0.6) & (values < 1.25)), values)
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,124 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+
+from kimi_jax.configs.optimizer import (
+    MatrixGranularity,
+    NewtonSchulzDtype,
+    NewtonSchulzPreset,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+from kimi_jax.core.param_spec import named_specs
+from kimi_jax.optimizers.muon import scale_by_muon
+from tests.optimizers import toy_plans
+
+# Five Newton-Schulz steps in float32 against float64, updates of rms 0.2.
+FLOAT32_ATOL = 2e-5
+
+
+def config(**options) -> OptimizerConfig:
+    options = {"newton_schulz_dtype": NewtonSchulzDtype.FLOAT32} | options
+    return OptimizerConfig(schedule=ScheduleConfig(peak=1.0), **options)
+
+
+def orthogonal(matrix, steps=5, update_rms=0.2):
+    """Jordan's iteration and Moonlight's scale for one matrix, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / (np.linalg.norm(matrix) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x * update_rms * np.sqrt(max(matrix.shape))
+
+
+class MuonTest(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.plan = toy_plans.attention_plan()
+        self.plan = {name: self.plan[name] for name in self.plan if not name.endswith("norm")}
+        self.gradients = [toy_plans.random_like(self.plan, seed=s) for s in range(3)]
+
+    def run_steps(self, optimizer_config):
+        optimizer = scale_by_muon(optimizer_config, self.plan)
+        state = optimizer.init(self.gradients[0])
+        for gradients in self.gradients:
+            updates, state = jax.jit(optimizer.update)(gradients, state)
+        return updates, state
+
+    def lookahead(self, name, nesterov, mu=0.95):
+        momentum = 0.0
+        for gradients in self.gradients:
+            gradient = np.asarray(gradients[name], np.float64)
+            momentum = mu * momentum + gradient
+        return gradient + mu * momentum if nesterov else momentum
+
+    @parameterized.parameters(True, False)
+    def test_update_equals_the_float64_rule(self, nesterov):
+        updates, _ = self.run_steps(config(nesterov=nesterov))
+        for name, update in updates.items():
+            rows = 8 if name == "w_out" else update.shape[0]  # w_out [N, U, D]
+            expected = orthogonal(self.lookahead(name, nesterov).reshape(rows, -1))
+            np.testing.assert_allclose(
+                update.reshape(rows, -1), expected, atol=FLOAT32_ATOL, err_msg=name
+            )
+
+    def test_fused_projections_are_one_matrix(self):
+        updates, _ = self.run_steps(config(matrix_granularity=MatrixGranularity.FUSED))
+        nope = self.lookahead("w_q_nope", nesterov=True).reshape(8, -1)
+        rope = self.lookahead("w_q_rope", nesterov=True).reshape(8, -1)
+        expected = orthogonal(np.concatenate([nope, rope], axis=1))
+        ours = np.concatenate(
+            [updates["w_q_nope"].reshape(8, -1), updates["w_q_rope"].reshape(8, -1)], axis=1
+        )
+        np.testing.assert_allclose(ours, expected, atol=FLOAT32_ATOL)
+
+    def test_heads_are_apart_where_asked(self):
+        updates, _ = self.run_steps(config(matrix_granularity=MatrixGranularity.HEAD))
+        value = self.lookahead("w_value", nesterov=True)  # [C, N, U]
+        for head in range(2):
+            np.testing.assert_allclose(
+                updates["w_value"][:, head], orthogonal(value[:, head]), atol=FLOAT32_ATOL
+            )
+
+    def test_options_act(self):
+        plan = {"w_out": self.plan["w_out"]}
+        gradients = {"w_out": self.gradients[0]["w_out"]}
+
+        def second_update(**options):
+            optimizer = scale_by_muon(config(**options), plan)
+            _, state = optimizer.update(gradients, optimizer.init(gradients))
+            return optimizer.update({"w_out": self.gradients[1]["w_out"]}, state)[0]["w_out"]
+
+        update = second_update()
+        for options in (
+            {"momentum": 0.5},
+            {"newton_schulz_steps": 3},
+            {"newton_schulz_preset": NewtonSchulzPreset.YOU},
+            {"newton_schulz_dtype": NewtonSchulzDtype.BFLOAT16},
+            {"update_rms": 0.4},
+        ):
+            difference = jnp.max(jnp.abs(second_update(**options) - update))
+            self.assertGreater(float(difference), 1e-4, options)
+
+    def test_momentum_is_a_heavy_ball(self):
+        _, state = self.run_steps(config())
+        momentum = self.lookahead("w_out", nesterov=False)
+        np.testing.assert_allclose(state.momentum["w_out"], momentum, rtol=1e-5, atol=1e-6)
+
+    def test_masked_leaves_pass_through(self):
+        plan = toy_plans.attention_plan()
+        masked = {
+            name: optax.MaskedNode() if spec.kind == "norm" else jnp.ones(spec.shape)
+            for name, spec in named_specs(plan)
+        }
+        optimizer = scale_by_muon(config(), plan)
+        updates, _ = jax.jit(optimizer.update)(masked, optimizer.init(masked))
+        chex.assert_trees_all_equal_structs(updates, masked)
+
+
+if __name__ == "__main__":
+    absltest.main()
