@@ -48,6 +48,7 @@ from kimi_jax.core.errors import DataError, KimiError
 METRICS_FILE = "metrics.jsonl"
 LAYERS_FILE = "layers.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+EVALUATION = "eval/"  # prefix of what is measured on held-out text
 
 Metrics = Mapping[str, Any]  # name -> float, numpy array or jax.Array
 
@@ -65,7 +66,12 @@ class MetricLog:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike, *, from_step: int = 0, layers_every: int = 10
+        self,
+        workdir: str | os.PathLike,
+        *,
+        from_step: int = 0,
+        lines_every: int = 1,
+        layers_every: int = 10,
     ) -> None:
         """Opens the files of a run.
 
@@ -73,16 +79,21 @@ class MetricLog:
           workdir: folder of the run; made if it does not exist.
           from_step: step the run starts or resumes with; lines of this step and later ones, which
             were written after the checkpoint, are cut off.
-          layers_every: steps between two records of the arrays.
+          lines_every: steps between two records of the scalars; a step that was evaluated (with a
+            metric eval/...) and the last one are always recorded.
+          layers_every: steps between two records of the arrays; the last is always recorded.
 
         Raises:
           DataError: an earlier line is not JSON.
         """
         self._writer = _Writer(pathlib.Path(workdir), from_step) if _is_first_process() else None
+        self._lines_every = lines_every
         self._layers_every = layers_every
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._latest: dict[str, Any] = {}
         self._latest_step: int | None = None
+        self._scalars: dict[str, Any] = {}  # of `latest`, in their own precision
+        self._line_step: int | None = None
         self._layers_step: int | None = None
 
     def __enter__(self) -> "MetricLog":
@@ -92,6 +103,8 @@ class MetricLog:
         try:
             if error is None or isinstance(error, KimiError | KeyboardInterrupt):
                 self.flush()
+            if self._latest_step != self._line_step:
+                self._write_line()
             if self._latest_step != self._layers_step:
                 self._write_layers()
         finally:
@@ -112,8 +125,8 @@ class MetricLog:
         """Takes the metrics of a step and records those of the step before.
 
         Args:
-          step: counted from 0, never smaller than in the call before; a second call for the same
-            step adds to the first.
+          step: counted from 0, never smaller than in the call before; another call for the same
+            step adds to the first, unless `flush` has recorded it.
           metrics: scalars and arrays by name.
         """
         for value in metrics.values():
@@ -123,6 +136,7 @@ class MetricLog:
             self._pending[1].update(metrics)
             return
         self.flush()
+        assert self._latest_step is None or step > self._latest_step, (step, self._latest_step)
         self._pending = (step, dict(metrics))
 
     def flush(self) -> None:
@@ -134,10 +148,17 @@ class MetricLog:
         host = jax.device_get(metrics)
         self._latest = {k: float(v) if np.ndim(v) == 0 else np.asarray(v) for k, v in host.items()}
         self._latest_step = step
-        if self._writer is not None:
-            self._writer.scalars(step, {k: v for k, v in host.items() if np.ndim(v) == 0})
+        self._scalars = {k: v for k, v in host.items() if np.ndim(v) == 0}
+        evaluated = any(name.startswith(EVALUATION) for name in self._scalars)
+        if evaluated or step % self._lines_every == 0:
+            self._write_line()
         if step % self._layers_every == 0:
             self._write_layers()
+
+    def _write_line(self) -> None:
+        self._line_step = self._latest_step
+        if self._writer is not None:
+            self._writer.scalars(self._latest_step, self._scalars)
 
     def _write_layers(self) -> None:
         self._layers_step = self._latest_step

@@ -72,6 +72,21 @@ class MetricLogTest(absltest.TestCase):
         self.assertEqual([record["step"] for record in records], [0, 5, 10, 11])
         self.assertEqual(records[0]["max_logit"], np.ones((2, 3)).tolist())
 
+    def test_scalars_may_be_thinned_but_evaluations_and_the_last_step_stay(self):
+        with MetricLog(self.workdir, lines_every=4) as log:
+            for step in range(11):
+                log.write(step, {"loss/train": float(step)})
+                if step == 6:
+                    log.write(step, {"eval/loss": 1.0})
+        self.assertEqual([record["step"] for record in self._records()], [0, 4, 6, 8, 10])
+
+    def test_a_step_already_recorded_is_refused(self):
+        with MetricLog(self.workdir) as log:
+            log.write(3, {"loss/train": 1.0})
+            log.flush()
+            with self.assertRaises(AssertionError):
+                log.write(3, {"eval/loss": 1.0})
+
     def test_numbers_read_back_exactly_and_what_is_not_finite_is_null(self):
         value, count = np.float32(0.1), 3 << 40
         with MetricLog(self.workdir) as log:
