@@ -37,7 +37,7 @@ def _correction_range(config: ModelConfig, yarn: YarnConfig) -> tuple[float, flo
     low = max(math.floor(index_of(yarn.beta_fast)), 0)
     high = min(math.ceil(index_of(yarn.beta_slow)), config.head_rope_dim - 1)
     # The published code's own guard against a division by zero.
-    return low, high + 0.001 if low == high else high
+    return float(low), high + 0.001 if low == high else float(high)
 
 
 def attention_scale(config: ModelConfig) -> float:

@@ -1,0 +1,50 @@
+import jax
+from absl.testing import absltest
+from jax.sharding import PartitionSpec as P
+
+from kimi_jax.core import axes as ax
+from kimi_jax.core.param_spec import MATRIX, NORM, ROUTED_EXPERT, ParamSpec
+from kimi_jax.parallel import rules
+
+_SIZES = {"data": 2, "expert": 4}
+
+
+def _spec(shape, axes, *tags):
+    tags = frozenset(tags or {MATRIX})
+    return ParamSpec(
+        shape=shape,
+        axes=axes,
+        init=jax.nn.initializers.zeros,
+        tags=tags,
+        inputs=() if NORM in tags else axes[-2:-1],
+    )
+
+
+class RulesTest(absltest.TestCase):
+    def test_a_dense_matrix_is_stored_over_the_whole_mesh_and_computed_whole(self):
+        spec = _spec((16, 24), (ax.EMBED, ax.FFN))
+        self.assertEqual(
+            rules.partition_spec(spec, rules.STORAGE, _SIZES), P(("data", "expert"), None)
+        )
+        self.assertEqual(rules.partition_spec(spec, rules.COMPUTE, _SIZES), P(None, None))
+
+    def test_an_expert_stays_on_the_expert_axis_and_its_width_takes_the_rest(self):
+        spec = _spec((8, 16, 24), (ax.EXPERTS, ax.EMBED, ax.EXPERT_FFN), MATRIX, ROUTED_EXPERT)
+        self.assertEqual(
+            rules.partition_spec(spec, rules.STORAGE, _SIZES), P("expert", "data", None)
+        )
+        self.assertEqual(rules.partition_spec(spec, rules.COMPUTE, _SIZES), P("expert", None, None))
+
+    def test_an_axis_that_does_not_divide_leaves_the_dimension_whole(self):
+        spec = _spec((6, 24), (ax.EMBED, ax.FFN))
+        self.assertEqual(rules.partition_spec(spec, rules.STORAGE, _SIZES), P("data", None))
+        spec = _spec((5, 24), (ax.EMBED, ax.FFN))
+        self.assertEqual(rules.partition_spec(spec, rules.STORAGE, _SIZES), P(None, None))
+
+    def test_vectors_are_kept_whole(self):
+        spec = _spec((16,), (ax.EMBED,), NORM)
+        self.assertEqual(rules.partition_spec(spec, rules.STORAGE, _SIZES), P())
+
+
+if __name__ == "__main__":
+    absltest.main()
