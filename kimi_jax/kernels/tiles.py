@@ -18,6 +18,7 @@ class Tiles(NamedTuple):
     group: Array  # [tiles]
     start: Array  # [tiles], first row; for an empty tile, the number of rows
     size: Array  # [tiles], number of rows that belong to the tile
+    continues: Array  # [tiles], whether the tile before is of the same group
 
 
 def cut(group_sizes: Int[Array, "E"], num_rows: int, tile_rows: int, multiple: int) -> Tiles:
@@ -47,6 +48,7 @@ def cut(group_sizes: Int[Array, "E"], num_rows: int, tile_rows: int, multiple: i
         group=group,
         start=jnp.where(exists, start, num_rows),
         size=jnp.where(exists, size, 0),
+        continues=(index > 0) & (group == jnp.roll(group, 1)),
     )
 
 
@@ -60,9 +62,9 @@ def put(x: Array, rows: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, rows.astype(x.dtype), start, axis=0)
 
 
-def add_to_group(x: Array, part: Array, group: Array) -> Array:
-    """Adds `part` to x[group]."""
-    return jax.lax.dynamic_update_index_in_dim(x, x[group] + part, group, axis=0)
+def put_group(x: Array, part: Array, group: Array) -> Array:
+    """Replaces x[group]."""
+    return jax.lax.dynamic_update_index_in_dim(x, part, group, axis=0)
 
 
 def dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:

@@ -52,13 +52,18 @@ def _backward(residuals, d_y: Array):
     plan = tiles.cut(group_sizes, x.shape[0], TILE_ROWS, multiple=1)
     x_padded, d_y_padded = _pad(x), _pad(d_y)
 
-    def body(i, d_w):
+    def body(i, sums):
+        # The sum of the current group travels apart: XLA copies a whole array that one loop body
+        # both reads and writes at an index.
+        total, d_w = sums
         own = jnp.arange(TILE_ROWS)[:, None] < plan.size[i]
         rows = jnp.where(own, tiles.take(x_padded, plan.start[i], TILE_ROWS), 0)
         d_rows = tiles.take(d_y_padded, plan.start[i], TILE_ROWS)
-        return tiles.add_to_group(d_w, dot(rows, d_rows, 0, 0), plan.group[i])
+        total = jnp.where(plan.continues[i], total, 0.0) + dot(rows, d_rows, 0, 0)
+        return total, tiles.put_group(d_w, total, plan.group[i])
 
-    d_w = jax.lax.fori_loop(0, plan.count, body, jnp.zeros(w.shape, F32))
+    start = (jnp.zeros(w.shape[1:], F32), jnp.zeros(w.shape, F32))
+    _, d_w = jax.lax.fori_loop(0, plan.count, body, start)
     return _multiply(d_y, w, group_sizes, contract=2), d_w.astype(w.dtype), None
 
 

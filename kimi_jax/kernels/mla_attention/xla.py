@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 BLOCK = 256  # positions: at most this many queries and keys meet at a time
-DIAGONAL_PARTS = 2  # a block that meets itself skips the part above its diagonal in this many steps
+DIAGONAL_STEP = 64  # positions: a block meets itself in strips, each up to the diagonal only
 HEADS_TOGETHER = 8  # heads written out in one loop body
 MASKED = -1e30  # logit of a masked pair; finite, so that differences of two are numbers
 
@@ -230,9 +230,8 @@ def _diagonal_forward(rows: _Cell, scale: float) -> list[_Softmax]:
 
 
 def _diagonal_parts(block: int) -> list[tuple[int, int]]:
-    """Cuts a block's positions into `DIAGONAL_PARTS` ranges, fewer where it is short."""
-    size = -(-block // DIAGONAL_PARTS)
-    return [(first, min(first + size, block)) for first in range(0, block, size)]
+    """Cuts a block's positions into ranges of `DIAGONAL_STEP`, the last shorter."""
+    return [(at, min(at + DIAGONAL_STEP, block)) for at in range(0, block, DIAGONAL_STEP)]
 
 
 def _visible(rows: _Cell, queries: slice, keys: slice) -> Array:
