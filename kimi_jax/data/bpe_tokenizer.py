@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class BpeTokenizer(Tokenizer):
             for text_pieces in pieces
         ]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
         return join_bytes(self._bytes, ids)
 

@@ -12,7 +12,7 @@ from kimi_jax.data.documents import Document
 from kimi_jax.data.file_tokenizer import FileTokenizer
 from kimi_jax.data.held_out import HashSample, is_held_out
 from kimi_jax.data.kimi_tokenizer import load_kimi
-from kimi_jax.data.progress import with_progress
+from kimi_jax.data.reading_progress import with_progress
 from kimi_jax.data.sources import read_documents, source_files
 from kimi_jax.data.token_store import TokenStore, write_token_store
 from kimi_jax.data.tokenizer import ByteTokenizer, Tokenizer

@@ -4,7 +4,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -79,10 +79,10 @@ class FileTokenizer(Tokenizer):
         encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int64) for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
         parts, known = [], []
-        for i in ids:
+        for i in map(int, ids):
             if 0 <= i < self.vocab_size:
                 known.append(i)
             else:

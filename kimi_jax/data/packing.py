@@ -32,10 +32,16 @@ class DocumentStream:
 
 def arrange(
     tokens: Integer[np.ndarray, "W"],
-    offsets: Int[np.ndarray, "documents+1"],
+    offsets: Int[np.ndarray, "boundaries"],
     order: Int[np.ndarray, "documents"],
 ) -> DocumentStream:
-    """Returns the stream of stored documents in the order `order`."""
+    """Returns the stream of stored documents in the order `order`.
+
+    Args:
+      tokens: ids of all documents.
+      offsets: document d is `tokens[offsets[d]:offsets[d + 1]]`; one more than there are documents.
+      order: which document comes first, second, ...
+    """
     lengths = np.diff(offsets)[order]
     bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     return DocumentStream(tokens=tokens, begins=offsets[:-1][order], bounds=bounds)

@@ -5,6 +5,7 @@ import weakref
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
@@ -32,18 +33,19 @@ class BatchIterator:
         self._config = config
         self._stream = stream
         self._step = 0
-        self._ahead: grain.DatasetIterator | None = None
-        self._stop_ahead = None
+        self._running: list[grain.DatasetIterator] = []  # none or one
+        # Stops threads and processes when this object goes, at the latest when Python ends.
+        weakref.finalize(self, _stop, self._running)
 
     def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> Batch:
-        if self._ahead is None:
-            self._ahead = iter(self._read_ahead())
-            # Stops threads and processes when this object goes, at the latest when Python ends.
-            self._stop_ahead = weakref.finalize(self, self._ahead.close)
-        batch = next(self._ahead)
+        if not self._running:
+            self._running.append(iter(self._read_ahead()))
+        batch = next(self._running[0])
+        if self._config.num_workers:  # it lies in memory shared with a worker, which this frees
+            batch = jax.tree.map(np.array, batch)
         self._step += 1
         return batch
 
@@ -70,9 +72,7 @@ class BatchIterator:
 
     def close(self) -> None:
         """Stops what prepares batches ahead; the next batch starts it again."""
-        if self._stop_ahead is not None:
-            self._stop_ahead()
-        self._ahead = self._stop_ahead = None
+        _stop(self._running)
 
     def _read_ahead(self) -> grain.IterDataset:
         config = self._config
@@ -89,6 +89,11 @@ class BatchIterator:
                 num_workers=config.num_workers, per_worker_buffer_size=config.prefetch
             )
         )
+
+
+def _stop(running: list[grain.DatasetIterator]) -> None:
+    while running:
+        running.pop().close()
 
 
 def train_batches(corpus: Corpus, config: DataConfig, batch_sequences: int) -> BatchIterator:

@@ -2,6 +2,7 @@
 
 import glob
 import importlib.util
+import os
 import pathlib
 import sysconfig
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ _FOLDER_SUFFIXES = {
     SourceKind.PARQUET: (".parquet",),
     SourceKind.ARRAY_RECORD: (".array_record", ".arrayrecord"),
 }
-_FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
+_FOREIGN_FOLDERS = frozenset(("site-packages", "dist-packages", "__pycache__"))
 
 
 def source_files(source: SourceConfig, option: str) -> list[pathlib.Path]:
@@ -141,26 +142,24 @@ def _check_suffixes(
             )
 
 
-def _files_below(folder: pathlib.Path, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
-    """Returns the files in `folder` and below, sorted, hidden files and folders left out."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.name.endswith(suffixes)
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
-    )
+def _files_below(
+    folder: pathlib.Path, suffixes: tuple[str, ...], foreign: frozenset[str] = frozenset()
+) -> list[pathlib.Path]:
+    """Returns the files in `folder` and below, sorted, hidden and `foreign` folders left out."""
+    files = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "." and name not in foreign]
+        files += [
+            os.path.join(root, name) for name in names if name[0] != "." and name.endswith(suffixes)
+        ]
+    return [pathlib.Path(file) for file in sorted(files) if os.path.isfile(file)]
 
 
 def _embedded_files() -> list[pathlib.Path]:
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     # The topics come as documents of their own; their source file would repeat held-out ones.
     topics = root / "pydoc_data" / "topics.py"
-    return [
-        file
-        for file in _files_below(root, (".py",))
-        if file != topics and _FOREIGN_FOLDERS.isdisjoint(file.relative_to(root).parts)
-    ]
+    return [file for file in _files_below(root, (".py",), _FOREIGN_FOLDERS) if file != topics]
 
 
 def _embedded_documents() -> Iterator[Document]:

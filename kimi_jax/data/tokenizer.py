@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Tokenizer(abc.ABC):
         """Returns the ids of each text, an integer array [T]; never a special one."""
 
     @abc.abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Returns the text of `ids`.
 
         Special ids stand for no text. What is not valid UTF-8, and ids outside the vocabulary (a
@@ -64,16 +65,16 @@ class ByteTokenizer(Tokenizer):
         """See `Tokenizer`."""
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """See `Tokenizer`."""
         return join_bytes([bytes([i]) for i in range(256)] + [b""] * 3, ids)
 
 
-def join_bytes(token_bytes: Sequence[bytes], ids: Iterable[int]) -> str:
+def join_bytes(token_bytes: Sequence[bytes], ids: Iterable[SupportsIndex]) -> str:
     """Returns the text of `ids` where id i stands for `token_bytes[i]`."""
     unknown = REPLACEMENT.encode()
     size = len(token_bytes)
-    parts = (token_bytes[i] if 0 <= i < size else unknown for i in ids)
+    parts = (token_bytes[i] if 0 <= i < size else unknown for i in map(int, ids))
     return b"".join(parts).decode(errors="replace")
 
 
