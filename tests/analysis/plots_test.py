@@ -56,13 +56,16 @@ class PlotsTest(parameterized.TestCase):
         self.assertIn("gzip -9: 3.026", words)
 
     def test_the_heat_map_is_the_last_record_and_rings_the_heads_clipped(self):
-        run = self._full()
-        axis = plots.max_logit_heatmap(run).axes[0]
-        np.testing.assert_allclose(axis.images[0].get_array(), run.arrays("max_logit")[1][-1])
-        rows, columns = np.nonzero(run.arrays("clipped_ever")[1][-1])
-        np.testing.assert_array_equal(
-            axis.collections[0].get_offsets(), np.stack([columns, rows], 1)
+        logits, clipped = [[9.0, 20.0, 30.0], [40.0, 50.0, 60.0]], [[0, 0, 1], [0, 1, 0]]
+        run = _run(
+            layers=[
+                {"step": 0, "max_logit": [[0.0] * 3] * 2, "clipped_ever": [[0] * 3] * 2},
+                {"step": 9, "max_logit": logits, "clipped_ever": clipped},
+            ]
         )
+        axis = plots.max_logit_heatmap(run).axes[0]
+        np.testing.assert_array_equal(axis.images[0].get_array(), logits)
+        np.testing.assert_array_equal(axis.collections[0].get_offsets(), [[2, 0], [1, 1]])
 
     def test_logits_over_time_have_a_line_a_layer_and_the_threshold(self):
         run = self._full()
