@@ -73,7 +73,7 @@ class BpeTokenizerTest(parameterized.TestCase):
         with self.assertRaises(DataError) as caught:
             bpe_tokenizer.train_bpe(["abc abc"], 5000, self.file.with_name("small.json"))
         self.assertIn("data.tokenizer.vocab_size 5000", str(caught.exception))
-        self.assertIn("at most 261", str(caught.exception))
+        self.assertIn("at most 262", str(caught.exception))
 
     def test_unknown_ids_become_the_replacement_character(self):
         ids = np.array([self.tokenizer.bos_id, *self.tokenizer.encode("ab"), 10_000])

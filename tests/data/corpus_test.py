@@ -1,0 +1,159 @@
+import dataclasses
+import os
+import pathlib
+import tempfile
+from unittest import mock
+
+import numpy as np
+from absl.testing import absltest
+
+from kimi_jax.configs.data import (
+    DataConfig,
+    SourceConfig,
+    SourceKind,
+    TokenizerConfig,
+    TokenizerKind,
+)
+from kimi_jax.core.errors import DataError
+from kimi_jax.data import corpus as corpus_lib
+from kimi_jax.data.corpus import open_corpus
+from kimi_jax.data.held_out import is_held_out
+from kimi_jax.data.sources import read_documents
+
+
+def texts_of(corpus, store):
+    """Returns the documents of a token store as text."""
+    bounds = store.offsets.tolist()
+    return [
+        corpus.tokenizer.decode(store.tokens[a:b])
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+class CorpusTest(absltest.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.folder = self.root / "texts"
+        self.folder.mkdir()
+        for i in range(60):
+            (self.folder / f"{i:02}.txt").write_text(f"document {i} says naïve things " * 9)
+
+    def make_config(self, **options):
+        source = SourceConfig(kind=SourceKind.TEXT, path=str(self.folder))
+        defaults = {
+            "sources": {"mine": source},
+            "sequence_length": 32,
+            "held_out_fraction": 0.2,
+            "cache_dir": str(self.root / "cache"),
+        }
+        return DataConfig(**{**defaults, **options})
+
+    def test_every_document_is_trained_on_or_held_out_by_its_name(self):
+        config = self.make_config()
+        corpus = open_corpus(config)
+        documents = list(read_documents(config.sources["mine"], "data.sources.mine"))
+        held_out = {d.text for d in documents if is_held_out(d.name, 0.2)}
+        source = corpus.sources["mine"]
+        self.assertEqual(set(texts_of(corpus, source.held_out)), held_out)
+        self.assertEqual(
+            texts_of(corpus, source.train), [d.text for d in documents if d.text not in held_out]
+        )
+        self.assertBetween(len(held_out), 5, 20)
+
+    def test_held_out_text_beyond_the_limit_is_neither_measured_nor_trained_on(self):
+        everything = open_corpus(self.make_config()).sources["mine"]
+        limited = open_corpus(self.make_config(held_out_max_bytes=900)).sources["mine"]
+        self.assertLessEqual(limited.held_out.num_bytes, 900)
+        self.assertLess(limited.held_out.num_bytes, everything.held_out.num_bytes)
+        self.assertEqual(limited.train.content, everything.train.content)
+
+    def test_held_out_text_is_that_of_the_held_out_tokens(self):
+        corpus = open_corpus(self.make_config())
+        source = corpus.sources["mine"]
+        text = source.held_out_text.read_bytes()
+        self.assertEqual(text.decode(), "".join(texts_of(corpus, source.held_out)))
+        self.assertLen(text, source.held_out.num_bytes)
+
+    def test_second_opening_reads_the_cache_alone(self):
+        for tokenizer in (
+            TokenizerConfig(),
+            TokenizerConfig(kind=TokenizerKind.BPE, vocab_size=270),
+        ):
+            config = self.make_config(tokenizer=tokenizer)
+            first = open_corpus(config).statistics()
+            with mock.patch.object(corpus_lib, "read_documents", side_effect=AssertionError):
+                self.assertEqual(open_corpus(config).statistics(), first)
+
+    def test_changed_file_is_tokenised_anew(self):
+        config = self.make_config()
+        before = open_corpus(config).sources["mine"]
+        file = next(f for f in sorted(self.folder.iterdir()) if not is_held_out(f.name, 0.2))
+        file.write_text(file.read_text().replace("says", "told"))
+        os.utime(file, ns=(0, 1))
+        after = open_corpus(config).sources["mine"]
+        self.assertNotEqual(after.train.content, before.train.content)
+        self.assertEqual(after.held_out.content, before.held_out.content)
+
+    def test_bpe_is_trained_on_training_documents_alone(self):
+        config = self.make_config(tokenizer=TokenizerConfig(kind=TokenizerKind.BPE, vocab_size=290))
+        seen = []
+        train = corpus_lib.train_bpe
+
+        def spy(texts, vocab_size, file):
+            seen.extend(texts)
+            train(iter(seen), vocab_size, file)
+
+        with mock.patch.object(corpus_lib, "train_bpe", spy):
+            corpus = open_corpus(config)
+        source = corpus.sources["mine"]
+        self.assertCountEqual(seen, texts_of(corpus, source.train))
+        self.assertEqual(corpus.tokenizer.vocab_size, 290)
+        self.assertLess(source.train.num_tokens, source.train.num_bytes)
+
+    def test_statistics_count_each_source(self):
+        statistics = open_corpus(self.make_config()).statistics()
+        documents = statistics["mine/train_documents"] + statistics["mine/held_out_documents"]
+        self.assertEqual(documents, 60)
+        tokens, size = statistics["mine/train_tokens"], statistics["mine/train_bytes"]
+        self.assertEqual(tokens, size + 2 * statistics["mine/train_documents"])
+
+    def error(self, **options):
+        with self.assertRaises(DataError) as caught:
+            open_corpus(self.make_config(**options))
+        return str(caught.exception)
+
+    def test_empty_corpus_names_the_source(self):
+        for file in self.folder.iterdir():
+            file.write_text("")
+        self.assertIn("data.sources.mine has no documents to train on", self.error())
+
+    def test_corpus_that_holds_nothing_out_names_the_option(self):
+        message = self.error(held_out_fraction=1e-9)
+        self.assertIn("data.held_out_fraction 1e-09 holds out none of the corpus's 60", message)
+        open_corpus(self.make_config(held_out_fraction=0.0))
+
+    def test_malformed_file_leaves_no_cache_that_looks_whole(self):
+        bad = self.folder / "99.txt"
+        bad.write_bytes(b"\xff")
+        self.assertIn("99.txt is not valid UTF-8", self.error())
+        bad.unlink()
+        self.assertEqual(open_corpus(self.make_config()).statistics()["mine/train_documents"], 45)
+
+    def test_embedded_corpus_needs_nothing_but_python(self):
+        config = dataclasses.replace(
+            DataConfig(sequence_length=64), cache_dir=str(self.root / "cache")
+        )
+        corpus = open_corpus(config)
+        source = corpus.sources["embedded"]
+        self.assertGreater(source.train.num_bytes, 5e6)
+        self.assertBetween(source.held_out.num_bytes, 50_000, config.held_out_max_bytes)
+        held_out, train = (
+            {ids.tobytes() for ids in np.split(store.tokens, store.offsets[1:-1])}
+            for store in (source.held_out, source.train)
+        )
+        self.assertTrue(held_out.isdisjoint(train))
+
+
+if __name__ == "__main__":
+    absltest.main()
