@@ -10,8 +10,9 @@ from jaxtyping import Array, Int
 class Tiles(NamedTuple):
     """Tiles in row order, each inside one group; those from `count` on are empty.
 
-    An array of results needs `tile_rows` rows more than there are rows: a tile writes all of its
-    rows, and the next one overwrites those that were not its own.
+    Reading a tile whole takes rows of the next one with it, and past the last row: an array of rows
+    needs `tile_rows` spare ones. Writing tiles whole and in order is right, since the next one
+    overwrites what was not its own.
     """
 
     count: Array  # [], number of tiles with rows
@@ -65,9 +66,3 @@ def put(x: Array, rows: Array, start: Array) -> Array:
 def put_group(x: Array, part: Array, group: Array) -> Array:
     """Replaces x[group]."""
     return jax.lax.dynamic_update_index_in_dim(x, part, group, axis=0)
-
-
-def dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
-    """Multiplies two matrices along the given dimensions, summing in float32."""
-    dimensions = (((contract_a,), (contract_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

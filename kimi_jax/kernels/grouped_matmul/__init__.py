@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import Implementation
+from kimi_jax.kernels.checks import check_same_dtype, check_shapes
 from kimi_jax.kernels.grouped_matmul import reference, xla
 from kimi_jax.kernels.selection import select
 
@@ -32,7 +33,16 @@ def grouped_matmul(
 
     Returns:
       The products, in the rows' dtype; sums are float32.
+
+    Raises:
+      ValueError: shapes do not fit, or dtypes differ.
+      NotImplementedError: the named implementation does not exist.
     """
+    check_shapes(
+        "grouped_matmul",
+        {"x": (x, "A K"), "w": (w, "E K N"), "group_sizes": (group_sizes, "E")},
+    )
+    check_same_dtype("grouped_matmul", {"x": x, "w": w})
     return select("grouped_matmul", implementation, _AVAILABLE)(x, w, group_sizes)
 
 

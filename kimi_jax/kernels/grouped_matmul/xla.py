@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import tiles
-from kimi_jax.kernels.tiles import dot
+from kimi_jax.kernels.products import dot
 
 TILE_ROWS = 128  # rows of one group multiplied at a time
 
@@ -57,8 +57,10 @@ def _backward(residuals, d_y: Array):
         # both reads and writes at an index.
         total, d_w = sums
         own = jnp.arange(TILE_ROWS)[:, None] < plan.size[i]
-        rows = jnp.where(own, tiles.take(x_padded, plan.start[i], TILE_ROWS), 0)
-        d_rows = tiles.take(d_y_padded, plan.start[i], TILE_ROWS)
+        rows, d_rows = (
+            jnp.where(own, tiles.take(a, plan.start[i], TILE_ROWS), 0)
+            for a in (x_padded, d_y_padded)
+        )
         total = jnp.where(plan.continues[i], total, 0.0) + dot(rows, d_rows, 0, 0)
         return total, tiles.put_group(d_w, total, plan.group[i])
 

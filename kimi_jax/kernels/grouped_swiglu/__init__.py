@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import Implementation
+from kimi_jax.kernels.checks import check_same_dtype, check_shapes
 from kimi_jax.kernels.grouped_swiglu import reference, xla
 from kimi_jax.kernels.selection import select
 
@@ -39,7 +40,23 @@ def grouped_swiglu(
 
     Returns:
       The sums, in the tokens' dtype; sums over experts and inside products are float32.
+
+    Raises:
+      ValueError: shapes do not fit, or dtypes differ.
+      NotImplementedError: the named implementation does not exist.
     """
+    check_shapes(
+        "grouped_swiglu",
+        {
+            "x": (x, "W D"),
+            "w_gate": (w_gate, "E D M"),
+            "w_up": (w_up, "E D M"),
+            "w_down": (w_down, "E M D"),
+            "expert_ids": (expert_ids, "W K"),
+            "weights": (weights, "W K"),
+        },
+    )
+    check_same_dtype("grouped_swiglu", {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down})
     run = select("grouped_swiglu", implementation, _AVAILABLE)
     return run(x, w_gate, w_up, w_down, expert_ids, weights)
 

@@ -1,25 +1,28 @@
-"""Sort, one loop over tiles of rows, and a gather back: the experts in plain XLA.
+"""A sort and one loop over tiles of rows: the experts in plain XLA.
 
 Assignments are sorted by expert. A loop whose length is the number of tiles that exist gathers a
-tile's tokens, multiplies them with its expert's weights and writes the result in sorted order; each
-token then reads its own rows through the inverse permutation, since scattered additions are slow.
-The backward pass is the same loop, recomputing what is inside an expert.
+tile's tokens, multiplies them with its expert's weights and adds the result to the tokens' sums. So
+work follows the assignments that have an expert here. The backward pass is the same loop. Only the
+gate and up products are kept for it, in sorted order; `jax.checkpoint` drops them, too.
 
-Several tiles are written out in one loop body because XLA on CPUs runs independent products of one
-body at the same time, while a product of one tile is too small for two cores to share.
+More than one tile is written out in a loop body because XLA on CPUs runs independent products of
+one body at the same time, while the product of one tile is too small for two cores to share.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import tiles
-from kimi_jax.kernels.tiles import dot
+from kimi_jax.kernels.products import dot
 
+# Measured on two cores with 512 and with 256 rows an expert: smaller tiles multiply slower, larger
+# ones and more of them compute more empty rows.
 TILE_ROWS = 192  # rows of one expert multiplied at a time
-TILES_TOGETHER = 4  # tiles written out in one loop body
+TILES_TOGETHER = 2  # tiles written out in one loop body
 
 F32 = jnp.float32
 
@@ -33,22 +36,47 @@ class _Operands(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Where each assignment goes; sorted rows that belong to no expert come last."""
+    """The order of work; sorted rows that belong to no expert come last."""
 
     slot: Array  # [A + TILE_ROWS], assignment (token * K + k) of each sorted row
-    row: Array  # [W, K], sorted row of each assignment
-    valid: Array  # [W, K], whether the assignment has an expert here
     tiles: tiles.Tiles
+
+
+class _Tile(NamedTuple):
+    """One tile's operands; rows that are not its own are zero."""
+
+    slot: Array  # [rows]
+    token: Array  # [rows]
+    x: Array  # [rows, D]
+    weight: Array  # [rows, 1]
+    own: Array  # [rows, 1], whether the row belongs to the tile
+    w_gate: Array  # [D, M]
+    w_up: Array  # [D, M]
+    w_down: Array  # [M, D]
+
+
+class _Products(NamedTuple):
+    """What the forward pass keeps, float32; rows that no tile owns are arbitrary."""
+
+    gate: Array  # [A + TILE_ROWS, M], sorted rows times w_gate
+    up: Array  # [A + TILE_ROWS, M]
+
+
+class _TileGradients(NamedTuple):
+    x: Array  # [rows, D]
+    weight: Array  # [rows]
+    matrices: tuple[Array, Array, Array]  # of w_gate, w_up and w_down
 
 
 @jax.custom_vjp
 def _experts(operands: _Operands, expert_ids: Array) -> Array:
-    return _forward(operands, _plan(operands, expert_ids))
+    return _forward(operands, _plan(operands, expert_ids))[0]
 
 
 def _experts_forward(operands: _Operands, expert_ids: Array):
     plan = _plan(operands, expert_ids)
-    return _forward(operands, plan), (operands, plan)
+    y, products = _forward(operands, plan)
+    return y, (operands, plan, products)
 
 
 def _experts_backward(residuals, d_y: Array):
@@ -72,143 +100,136 @@ def grouped_swiglu(
 
 def _plan(operands: _Operands, expert_ids: Array) -> _Plan:
     num_experts = operands.w_gate.shape[0]
-    valid = (expert_ids >= 0) & (expert_ids < num_experts)
-    expert = jnp.where(valid, expert_ids, num_experts).reshape(-1)
-    slot = _argsort(expert, num_experts)
-    row = jnp.zeros_like(slot).at[slot].set(jnp.arange(slot.size), unique_indices=True)
+    held_here = (expert_ids >= 0) & (expert_ids < num_experts)
+    expert = jnp.where(held_here, expert_ids, num_experts).reshape(-1)
     sizes = jnp.sum(expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     return _Plan(
-        slot=jnp.pad(slot, (0, TILE_ROWS)),
-        row=row.reshape(expert_ids.shape),
-        valid=valid,
-        tiles=tiles.cut(sizes, slot.shape[0], TILE_ROWS, TILES_TOGETHER),
+        slot=jnp.pad(_argsort(expert, num_experts), (0, TILE_ROWS)),
+        tiles=tiles.cut(sizes, expert.size, TILE_ROWS, TILES_TOGETHER),
     )
 
 
 def _argsort(expert: Array, num_experts: int) -> Array:
     """Sorts assignments by expert, in order within each: [A] -> [A]."""
     # One sort of expert * A + assignment; sorting pairs takes five times as long.
-    packed = jnp.sort(expert * expert.size + jnp.arange(expert.size))
-    return packed % expert.size
-
-
-def _forward(operands: _Operands, plan: _Plan) -> Array:
-    def body(i, y):
-        return _put_all(
-            plan,
-            i,
-            y,
-            [_tile_forward(operands, plan, i * TILES_TOGETHER + n) for n in range(TILES_TOGETHER)],
+    if (num_experts + 1) * expert.size > np.iinfo(np.int32).max:
+        raise ValueError(
+            f"grouped_swiglu: {expert.size} assignments to {num_experts} experts do not fit int32 "
+            "sort keys; give each device fewer tokens at a time (training.accumulation_steps)"
         )
-
-    width = operands.x.shape[1]
-    y = jnp.zeros((plan.slot.shape[0], width), F32)
-    y = jax.lax.fori_loop(0, _num_bodies(plan), body, y)
-    return _combine(y, plan).astype(operands.x.dtype)
+    packed = jnp.sort(expert.astype(jnp.int32) * expert.size + jnp.arange(expert.size))
+    return packed % expert.size
 
 
 def _num_bodies(plan: _Plan) -> Array:
     return -(-plan.tiles.count // TILES_TOGETHER)
 
 
-def _put_all(plan: _Plan, i: Array, x: Array, parts: list[Array]) -> Array:
-    """Writes the tiles of the i-th body, in order."""
-    for n, part in enumerate(parts):
-        x = tiles.put(x, part, plan.tiles.start[i * TILES_TOGETHER + n])
-    return x
-
-
-def _combine(rows: Array, plan: _Plan) -> Array:
-    """Sums each token's sorted rows: [A, D] -> [W, D]."""
-    mine = rows[plan.row]
-    return jnp.sum(jnp.where(plan.valid[:, :, None], mine.astype(F32), 0.0), axis=1)
-
-
-class _Tile(NamedTuple):
-    """One tile's inputs; weights of rows that are not its own are zero."""
-
-    x: Array  # [rows, D]
-    token: Array  # [rows]
-    weight: Array  # [rows, 1]
-    w_gate: Array  # [D, M]
-    w_up: Array  # [D, M]
-    w_down: Array  # [M, D]
+def _indices(body: Array) -> list[Array]:
+    """The tiles of one loop body."""
+    return [body * TILES_TOGETHER + n for n in range(TILES_TOGETHER)]
 
 
 def _load(operands: _Operands, plan: _Plan, index: Array) -> _Tile:
-    experts_per_token = operands.weights.shape[1]
     expert = plan.tiles.group[index]
     slot = tiles.take(plan.slot, plan.tiles.start[index], TILE_ROWS)
-    token = slot // experts_per_token
-    weight = operands.weights.reshape(-1)[slot].astype(F32)
-    own = jnp.arange(TILE_ROWS) < plan.tiles.size[index]
+    token = slot // operands.weights.shape[1]
+    own = (jnp.arange(TILE_ROWS) < plan.tiles.size[index])[:, None]
     return _Tile(
-        x=operands.x[token],
+        slot=slot,
         token=token,
-        weight=jnp.where(own, weight, 0.0)[:, None],
+        x=jnp.where(own, operands.x[token], 0),
+        weight=jnp.where(own, operands.weights.reshape(-1, 1)[slot].astype(F32), 0.0),
+        own=own,
         w_gate=operands.w_gate[expert],
         w_up=operands.w_up[expert],
         w_down=operands.w_down[expert],
     )
 
 
-def _tile_forward(operands: _Operands, plan: _Plan, index: Array) -> Array:
-    tile = _load(operands, plan, index)
+def _add_rows(x: Array, rows: Array, at: Array) -> Array:
+    return x.at[at].add(rows, mode="promise_in_bounds")
+
+
+def _forward(operands: _Operands, plan: _Plan) -> tuple[Array, _Products]:
+    def body(i, results):
+        y, products = results
+        loaded = [_load(operands, plan, index) for index in _indices(i)]
+        parts = [_tile_forward(tile) for tile in loaded]
+        for index, tile, (part, new) in zip(_indices(i), loaded, parts, strict=True):
+            y = _add_rows(y, part, tile.token)
+            start = plan.tiles.start[index]
+            products = jax.tree.map(lambda a, rows, at=start: tiles.put(a, rows, at), products, new)
+        return y, products
+
+    kept = jnp.zeros((plan.slot.size, operands.w_gate.shape[2]), F32)
+    start = (jnp.zeros(operands.x.shape, F32), _Products(kept, kept))
+    y, products = jax.lax.fori_loop(0, _num_bodies(plan), body, start)
+    return y.astype(operands.x.dtype), products
+
+
+def _tile_forward(tile: _Tile) -> tuple[Array, _Products]:
     gate, up = dot(tile.x, tile.w_gate, 1, 0), dot(tile.x, tile.w_up, 1, 0)
     hidden = jax.nn.silu(gate) * up * tile.weight
-    return dot(hidden.astype(tile.x.dtype), tile.w_down, 1, 0)
+    return dot(hidden.astype(tile.x.dtype), tile.w_down, 1, 0), _Products(gate, up)
 
 
-def _backward(operands: _Operands, plan: _Plan, d_y: Array) -> _Operands:
-    def body(i, grads):
-        d_x, d_weight, sums, d_w = grads
-        indices = [i * TILES_TOGETHER + n for n in range(TILES_TOGETHER)]
-        parts = [_tile_backward(operands, plan, index, d_y) for index in indices]
-        d_x = _put_all(plan, i, d_x, [part.x for part in parts])
-        d_weight = _put_all(plan, i, d_weight, [part.weight for part in parts])
-        for index, part in zip(indices, parts, strict=True):
-            sums = [
-                jnp.where(plan.tiles.continues[index], old, 0.0) + new
-                for old, new in zip(sums, part[3:], strict=True)
+def _backward(operands: _Operands, plan: _Plan, products: _Products, d_y: Array) -> _Operands:
+    def body(i, sums):
+        d_x, d_weights, totals, d_matrices = sums
+        loaded = [_load(operands, plan, index) for index in _indices(i)]
+        kept = [_products_of_tile(products, plan, index) for index in _indices(i)]
+        parts = [_tile_backward(tile, rows, d_y) for tile, rows in zip(loaded, kept, strict=True)]
+        for index, tile, part in zip(_indices(i), loaded, parts, strict=True):
+            d_x = _add_rows(d_x, part.x, tile.token)
+            d_weights = _add_rows(d_weights, part.weight, tile.slot)
+            # The sum of the current expert travels apart: an array that one loop body both reads
+            # and writes at an index is copied whole.
+            totals = [
+                jnp.where(plan.tiles.continues[index], total, 0.0) + new
+                for total, new in zip(totals, part.matrices, strict=True)
             ]
-            d_w = [
-                tiles.put_group(w, new, plan.tiles.group[index])
-                for w, new in zip(d_w, sums, strict=True)
+            d_matrices = [
+                tiles.put_group(d_w, total, plan.tiles.group[index])
+                for d_w, total in zip(d_matrices, totals, strict=True)
             ]
-        return d_x, d_weight, sums, d_w
+        return d_x, d_weights, totals, d_matrices
 
-    num_rows = plan.slot.shape[0]
+    matrices = operands[1:4]
     start = (
-        jnp.zeros((num_rows, operands.x.shape[1]), F32),
-        jnp.zeros((num_rows, 1), F32),
-        [jnp.zeros(w.shape[1:], F32) for w in operands[1:4]],
-        [jnp.zeros(w.shape, F32) for w in operands[1:4]],
+        jnp.zeros(operands.x.shape, F32),
+        jnp.zeros(operands.weights.size, F32),
+        [jnp.zeros(w.shape[1:], F32) for w in matrices],
+        [jnp.zeros(w.shape, F32) for w in matrices],
     )
-    d_x, d_weight, _, d_w = jax.lax.fori_loop(0, _num_bodies(plan), body, start)
-    d_weights = jnp.where(plan.valid, d_weight[plan.row, 0], 0.0)
-    grads = _Operands(_combine(d_x, plan), *d_w, d_weights)
+    d_x, d_weights, _, d_w = jax.lax.fori_loop(0, _num_bodies(plan), body, start)
+    grads = _Operands(d_x, *d_w, d_weights.reshape(operands.weights.shape))
     return jax.tree.map(lambda grad, operand: grad.astype(operand.dtype), grads, operands)
 
 
-def _tile_backward(operands: _Operands, plan: _Plan, index: Array, d_y: Array) -> _Tile:
-    """Returns the gradients of a tile's inputs, float32."""
-    tile = _load(operands, plan, index)
+def _products_of_tile(products: _Products, plan: _Plan, index: Array) -> _Products:
+    start = plan.tiles.start[index]
+    return _Products(*(tiles.take(a, start, TILE_ROWS) for a in products))
+
+
+def _tile_backward(tile: _Tile, products: _Products, d_y: Array) -> _TileGradients:
+    """Returns the gradients of a tile's operands, float32."""
     dtype = tile.x.dtype
-    d_y = d_y[tile.token]
-    gate, up = dot(tile.x, tile.w_gate, 1, 0), dot(tile.x, tile.w_up, 1, 0)
+    d_rows = jnp.where(tile.own, d_y[tile.token], 0)
+    gate, up = (jnp.where(tile.own, rows, 0.0) for rows in products)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    d_hidden = dot(d_y, tile.w_down, 1, 1)
-    d_weight = jnp.sum(d_hidden * silu * up, axis=1, keepdims=True)
-    d_hidden = d_hidden * tile.weight
+    d_weighted = dot(d_rows, tile.w_down, 1, 1)
+    d_hidden = d_weighted * tile.weight
     d_up = (d_hidden * silu).astype(dtype)
     d_gate = (d_hidden * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).astype(dtype)
-    hidden = (silu * up * tile.weight).astype(dtype)
-    return _Tile(
+    weighted = (silu * up * tile.weight).astype(dtype)
+    return _TileGradients(
         x=dot(d_gate, tile.w_gate, 1, 1) + dot(d_up, tile.w_up, 1, 1),
-        token=tile.token,
-        weight=d_weight,
-        w_gate=dot(tile.x, d_gate, 0, 0),
-        w_up=dot(tile.x, d_up, 0, 0),
-        w_down=dot(hidden, d_y, 0, 0),
+        weight=jnp.sum(d_weighted * silu * up, axis=1),
+        matrices=(
+            dot(tile.x, d_gate, 0, 0),
+            dot(tile.x, d_up, 0, 0),
+            dot(weighted, d_rows, 0, 0),
+        ),
     )

@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import Implementation
+from kimi_jax.kernels.checks import check_same_dtype, check_shapes
 from kimi_jax.kernels.mla_attention import reference, xla
 from kimi_jax.kernels.selection import select
 
@@ -37,7 +38,7 @@ def mla_attention(
       k_nope: keys without rotation.
       k_rope: rotated keys.
       value: values.
-      segments: document number of each position, not negative.
+      segments: document number of each position.
       scale: multiplier of the logits.
       implementation: which program computes it.
 
@@ -45,13 +46,29 @@ def mla_attention(
       The output in the values' dtype, and the largest unmasked logit of each sequence and head,
       float32, through which no gradient flows.
 
+    Raises:
+      ValueError: shapes do not fit, or dtypes differ.
+      NotImplementedError: the named implementation does not exist.
+
     Source: arXiv 2405.04434, section 2.1; the maximum is what QK-clip needs (arXiv 2507.20534,
     section 2.1).
     """
-    run = select("mla_attention", implementation, _AVAILABLE)
-    q_nope, q_rope, k_nope, k_rope = (
-        x.astype(value.dtype) for x in (q_nope, q_rope, k_nope, k_rope)
+    check_shapes(
+        "mla_attention",
+        {
+            "q_nope": (q_nope, "B T N H"),
+            "q_rope": (q_rope, "B T N R"),
+            "k_nope": (k_nope, "B T N H"),
+            "k_rope": (k_rope, "B T R"),
+            "value": (value, "B T N U"),
+            "segments": (segments, "B T"),
+        },
     )
+    check_same_dtype(
+        "mla_attention",
+        {"q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "value": value},
+    )
+    run = select("mla_attention", implementation, _AVAILABLE)
     out, max_logit = run(q_nope, q_rope, k_nope, k_rope, value, segments, scale=scale)
     return out, jax.lax.stop_gradient(max_logit)
 

@@ -21,9 +21,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.kernels.products import dot
+
+# Measured forward and backward with 8 heads of 48 + 32 on two cores, milliseconds: strips of 256
+# positions 42, 128 43, 64 27; 8 heads together are not faster than 4 and compile 1.5 times as long.
 BLOCK = 256  # positions: at most this many queries and keys meet at a time
 DIAGONAL_STEP = 64  # positions: a block meets itself in strips, each up to the diagonal only
-HEADS_TOGETHER = 8  # heads written out in one loop body
+HEADS_TOGETHER = 4  # heads written out in one loop body
 MASKED = -1e30  # logit of a masked pair; finite, so that differences of two are numbers
 
 F32 = jnp.float32
@@ -97,9 +101,6 @@ def _attend_backward(scale: float, residuals, cotangents):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-# Forward.
 
 
 def _forward(inputs: _Inputs, scale: float) -> tuple[Array, Array, Array]:
@@ -243,13 +244,13 @@ def _visible(rows: _Cell, queries: slice, keys: slice) -> Array:
 
 
 def _softmax(q: Array, k: Array, value: Array, visible: Array, scale: float) -> _Softmax:
-    logits = jnp.where(visible, scale * _dot(q, k, 1, 1), MASKED)
+    logits = jnp.where(visible, scale * dot(q, k, 1, 1), MASKED)
     largest = jnp.max(logits, axis=1, keepdims=True)
     exponentials = jnp.exp(logits - largest)
     return _Softmax(
         largest=largest,
         total=jnp.sum(exponentials, axis=1, keepdims=True),
-        weighted=_dot(exponentials.astype(value.dtype), value, 1, 0),
+        weighted=dot(exponentials.astype(value.dtype), value, 1, 0),
     )
 
 
@@ -261,14 +262,6 @@ def _merge(a: _Softmax, b: _Softmax) -> _Softmax:
         total=scale_a * a.total + scale_b * b.total,
         weighted=scale_a * a.weighted + scale_b * b.weighted,
     )
-
-
-def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
-    dimensions = (((contract_a,), (contract_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=F32)
-
-
-# Backward.
 
 
 class _Outward(NamedTuple):
@@ -402,9 +395,9 @@ def _pair_backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of one head's q [t, H+R] (transposed), k [s, H+R] and value [s, U]; mask [s, t]."""
     log_sum, inner = outward.log_sum.reshape(1, -1), outward.inner.reshape(1, -1)
-    logits = scale * _dot(k, q, 1, 1)
+    logits = scale * dot(k, q, 1, 1)
     probabilities = jnp.where(visible, jnp.exp(logits - log_sum), 0.0)
-    d_probabilities = _dot(value, outward.d_out, 1, 1)
+    d_probabilities = dot(value, outward.d_out, 1, 1)
     d_logits = (scale * probabilities * (d_probabilities - inner)).astype(q.dtype)
-    d_value = _dot(probabilities.astype(q.dtype), outward.d_out, 1, 0)
-    return _dot(k, d_logits, 0, 0), _dot(d_logits, q, 1, 0), d_value
+    d_value = dot(probabilities.astype(q.dtype), outward.d_out, 1, 0)
+    return dot(k, d_logits, 0, 0), dot(d_logits, q, 1, 0), d_value
