@@ -53,9 +53,9 @@ class MatrixView:
 
     @property
     def stack_shape(self) -> tuple[int, ...]:
-        """Sizes of the leading dimensions: layers, experts, heads."""
+        """Sizes of the leading dimensions: layers, experts, heads; (1,) for a single matrix."""
         first = self.members[0]
-        return first.sizes(first.stack)
+        return first.sizes(first.stack) or (1,)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -65,14 +65,19 @@ class MatrixView:
 
     def to_stacks(self, leaves: list[Any]) -> list[jax.Array]:
         """Picks this view's leaves out of all, each as [*stack, *rows, *columns]."""
-        return [jnp.transpose(leaves[m.index], m.stack + m.rows + m.columns) for m in self.members]
+        stacks = []
+        for m in self.members:
+            stack = jnp.transpose(leaves[m.index], m.stack + m.rows + m.columns)
+            stacks.append(stack if m.stack else stack[None])
+        return stacks
 
     def from_stacks(self, stacks: list[jax.Array]) -> dict[int, jax.Array]:
         """Undoes `to_stacks`: leaves by their position in the tree."""
-        return {
-            m.index: jnp.transpose(stack, _inverse(m.stack + m.rows + m.columns))
-            for m, stack in zip(self.members, stacks, strict=True)
-        }
+        leaves = {}
+        for m, stack in zip(self.members, stacks, strict=True):
+            values = stack if m.stack else stack[0]
+            leaves[m.index] = jnp.transpose(values, _inverse(m.stack + m.rows + m.columns))
+        return leaves
 
     def join(self, items: list[jax.Array]) -> jax.Array:
         """Makes one matrix [n, m] of one item, [*rows, *columns], of each leaf."""

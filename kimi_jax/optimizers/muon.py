@@ -64,20 +64,38 @@ def _orthogonalize(
     """Replaces every matrix of `tree` by its scaled orthogonal one; masked leaves stay."""
     structure = jax.tree.structure(plan, is_leaf=is_spec)
     leaves = structure.flatten_up_to(tree)
-    for number, view in enumerate(views):
-        stacks = [
-            stack.astype(config.newton_schulz_dtype.value) for stack in view.to_stacks(leaves)
-        ]
+    dtype = config.newton_schulz_dtype.value
+    stacks = {view: [s.astype(dtype) for s in view.to_stacks(leaves)] for view in views}
+    for number, alike in enumerate(_group_alike(stacks)):
+        first = alike[0]
         with jax.named_scope("newton_schulz"):
-            stacks = map_matrices(
-                functools.partial(_orthogonalize_item, view=view, config=config),
-                stacks,
-                stack_dims=len(view.stack_shape),
+            joined = map_matrices(
+                functools.partial(_orthogonalize_item, view=first, config=config),
+                [jnp.concatenate(parts) for parts in zip(*map(stacks.get, alike), strict=True)],
+                stack_dims=len(first.stack_shape),
                 rotation=number,
             )
-        for index, update in view.from_stacks(stacks).items():
-            leaves[index] = update.astype(leaves[index].dtype)
+        start = 0
+        for view in alike:
+            end = start + view.stack_shape[0]
+            own = [jax.lax.slice_in_dim(stack, start, end) for stack in joined]
+            for index, update in view.from_stacks(own).items():
+                leaves[index] = update.astype(leaves[index].dtype)
+            start = end
     return structure.unflatten(leaves)
+
+
+def _group_alike(stacks: dict[MatrixView, list[jax.Array]]) -> list[list[MatrixView]]:
+    """Groups views that differ in their number of layers only, so that they run as one stack.
+
+    Fewer loops compile faster, and fewer exchanges wait for each other.
+    """
+    groups: dict[Any, list[MatrixView]] = {}
+    for view, arrays in stacks.items():
+        layouts = tuple((a.shape[1:], jax.typeof(a).sharding.spec) for a in arrays)
+        row_dims = tuple(len(member.rows) for member in view.members)
+        groups.setdefault((view.stack_shape[1:], row_dims, layouts), []).append(view)
+    return list(groups.values())
 
 
 def _orthogonalize_item(

@@ -124,13 +124,13 @@ def optimizer_metrics(state: Any) -> dict[str, jax.Array]:
     """Reads the latest step's measurements out of the state of `muon_clip`.
 
     Returns:
-      Scalars by name: `optimizer/gradient_norm` (before clipping), `optimizer/update_rms/LABEL` and
+      Scalars by name: `optimizer/gradient_norm` (before clipping), `optimizer/update_rms_LABEL` and
       `optimizer/update_rms_of/ROLE`, such as `w_gate` (before learning rate and decay).
     """
     stats = state["update_stats"]
     return {
         "optimizer/gradient_norm": state["clip"].norm,
-        **{f"optimizer/update_rms/{label}": rms for label, rms in stats.by_label.items()},
+        **{f"optimizer/update_rms_{label}": rms for label, rms in stats.by_label.items()},
         **{f"optimizer/update_rms_of/{role}": rms for role, rms in stats.by_role.items()},
     }
 

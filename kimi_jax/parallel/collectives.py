@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 
 from kimi_jax.parallel.per_shard import per_shard
 
-# On CPU, products of single matrices of a few hundred rows use one core and products of large
-# batches fall out of the caches; 4 was as good as any batch of 2 .. 16 (BUILD_NOTES.md).
-_CPU_BATCH = 4
+# On CPU, jax 0.12 multiplies batches of a few matrices with all cores, single ones with one core;
+# larger batches fall out of the caches. Older versions compile batched products badly.
+_CPU_BATCH = 4 if jax.__version_info__ >= (0, 12) else 1
 
 # Accelerators compute this many values of matrices (256 MB in bfloat16) at a time: enough to fill
 # them, and a bound on the temporary memory of a batch.
@@ -48,8 +48,8 @@ def map_matrices(fn: Callable[[Any], Any], tree: Any, *, stack_dims: int, rotati
     Under an Explicit mesh, all-to-alls over one mesh axis after the other turn a stack of split
     items into a split stack of whole items; each device computes its own, and the same hops lead
     back. Mesh axes that split the stack itself need no communication. Along mesh axes where the
-    stack is replicated, each device computes its share and the results are all-gathered. One device
-    communicates nothing.
+    stack is replicated, each device computes its share and the results are all-gathered. Without a
+    mesh, everything is computed where it is.
 
     Args:
       fn: from one item, a tree of arrays without the stack dimensions, to a tree of the same
@@ -67,7 +67,7 @@ def map_matrices(fn: Callable[[Any], Any], tree: Any, *, stack_dims: int, rotati
         return jax.tree.leaves(fn(jax.tree.unflatten(structure, items)))
 
     axis_sizes = dict(jax.typeof(leaves[0]).sharding.mesh.shape)
-    if math.prod(axis_sizes.values()) == 1:
+    if not axis_sizes:
         stacks = [leaf.reshape(-1, *leaf.shape[stack_dims:]) for leaf in leaves]
         count = stacks[0].shape[0]
         mapped = _compute(apply, stacks, 0, count)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl.testing import absltest, parameterized
+from jax.sharding import AxisType
 
 from kimi_jax.configs.optimizer import (
     MatrixGranularity,
@@ -12,9 +13,14 @@ from kimi_jax.configs.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from kimi_jax.core import param_spec
 from kimi_jax.core.param_spec import named_specs
 from kimi_jax.optimizers.muon import scale_by_muon
+from kimi_jax.parallel.mesh import MESH_AXES
+from kimi_jax.parallel.rules import STORAGE, partition_specs
 from tests.optimizers import toy_plans
+
+FUSED, HEAD = MatrixGranularity.FUSED, MatrixGranularity.HEAD
 
 # Five Newton-Schulz steps in float32 against float64, updates of rms 0.2.
 FLOAT32_ATOL = 2e-5
@@ -67,7 +73,7 @@ class MuonTest(parameterized.TestCase):
             )
 
     def test_fused_projections_are_one_matrix(self):
-        updates, _ = self.run_steps(config(matrix_granularity=MatrixGranularity.FUSED))
+        updates, _ = self.run_steps(config(matrix_granularity=FUSED))
         nope = self.lookahead("w_q_nope", nesterov=True).reshape(8, -1)
         rope = self.lookahead("w_q_rope", nesterov=True).reshape(8, -1)
         expected = orthogonal(np.concatenate([nope, rope], axis=1))
@@ -77,7 +83,7 @@ class MuonTest(parameterized.TestCase):
         np.testing.assert_allclose(ours, expected, atol=FLOAT32_ATOL)
 
     def test_heads_are_apart_where_asked(self):
-        updates, _ = self.run_steps(config(matrix_granularity=MatrixGranularity.HEAD))
+        updates, _ = self.run_steps(config(matrix_granularity=HEAD))
         value = self.lookahead("w_value", nesterov=True)  # [C, N, U]
         for head in range(2):
             np.testing.assert_allclose(
@@ -108,6 +114,27 @@ class MuonTest(parameterized.TestCase):
         _, state = self.run_steps(config())
         momentum = self.lookahead("w_out", nesterov=False)
         np.testing.assert_allclose(state.momentum["w_out"], momentum, rtol=1e-5, atol=1e-6)
+
+    @parameterized.product(mesh=[(1, 1), (2, 4)], granularity=[FUSED, HEAD])
+    def test_mesh_does_not_change_the_update(self, mesh, granularity):
+        plan = {
+            "dense": param_spec.stack(self.plan, 1),
+            "moe": param_spec.stack(self.plan, 2),
+            "experts": toy_plans.model_plan()["moe_blocks"]["feed_forward"]["experts"],
+        }
+        optimizer = scale_by_muon(config(matrix_granularity=granularity), plan)
+        gradients = toy_plans.random_like(plan, seed=0)
+        expected, _ = jax.jit(optimizer.update)(gradients, optimizer.init(gradients))
+        explicit = (AxisType.Explicit,) * 2
+        devices = jax.devices()[: mesh[0] * mesh[1]]
+        with jax.set_mesh(jax.make_mesh(mesh, MESH_AXES, axis_types=explicit, devices=devices)):
+            stored = jax.device_put(gradients, partition_specs(plan, STORAGE))
+            updates, _ = jax.jit(optimizer.update)(stored, optimizer.init(stored))
+            for update, leaf in zip(jax.tree.leaves(updates), jax.tree.leaves(stored), strict=True):
+                self.assertTrue(update.sharding.is_equivalent_to(leaf.sharding, leaf.ndim))
+        chex.assert_trees_all_close(
+            jax.device_get(updates), jax.device_get(expected), atol=FLOAT32_ATOL
+        )
 
     def test_masked_leaves_pass_through(self):
         plan = toy_plans.attention_plan()

@@ -92,8 +92,6 @@ def random_like(plan: Any, seed: int) -> Any:
     rng = np.random.default_rng(seed)
 
     def draw(spec: ParamSpec) -> jax.Array:
-        return jnp.asarray(
-            rng.standard_normal(math.prod(spec.shape), np.float32).reshape(spec.shape)
-        )
+        return jnp.asarray(rng.standard_normal(spec.shape, np.float32))
 
     return ps.map_specs(draw, plan)

@@ -1,0 +1,137 @@
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from kimi_jax.parallel.collectives import map_matrices
+
+MESHES = ((1, 1), (8, 1), (1, 8), (2, 4))
+LAYOUTS = (
+    P(None, None, "data", None),
+    P(None, "expert", "data", None),
+    P(None, None, ("data", "expert"), None),
+    P(None, None, "data", "expert"),
+    P(),
+)
+SHAPE = (3, 8, 16, 24)  # layers, experts, rows, columns
+
+
+def set_mesh(shape):
+    return jax.set_mesh(
+        jax.make_mesh(
+            shape,
+            ("data", "expert"),
+            axis_types=(AxisType.Explicit,) * 2,
+            devices=jax.devices()[: math.prod(shape)],
+        )
+    )
+
+
+def whole_matrix_rule(x):
+    """Depends on every value of the matrix and on where it stands."""
+    return x @ x.T @ x / jnp.sqrt(jnp.sum(jnp.square(x)))
+
+
+def oracle(x):
+    x = np.asarray(x, np.float64)
+    return x @ x.swapaxes(-1, -2) @ x / np.sqrt(np.sum(x * x, axis=(-2, -1), keepdims=True))
+
+
+def values(shape=SHAPE, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def count_operations(compiled, name):
+    """Number of operations of a kind in the compiled program."""
+    return len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", compiled.as_text()))
+
+
+class MapMatricesTest(parameterized.TestCase):
+    @parameterized.product(mesh=MESHES, layout=LAYOUTS)
+    def test_result_and_layout_do_not_depend_on_the_mesh(self, mesh, layout):
+        with set_mesh(mesh):
+            x = jax.device_put(values(), layout)
+            mapped = jax.jit(lambda x: map_matrices(whole_matrix_rule, x, stack_dims=2))(x)
+            self.assertTrue(mapped.sharding.is_equivalent_to(x.sharding, x.ndim))
+            np.testing.assert_allclose(mapped, oracle(values()), rtol=1e-4, atol=1e-4)
+
+    def test_no_mesh_is_a_local_loop(self):
+        mapped = jax.jit(lambda x: map_matrices(whole_matrix_rule, x, stack_dims=2))(values())
+        np.testing.assert_allclose(mapped, oracle(values()), rtol=1e-4, atol=1e-4)
+
+    @parameterized.parameters(1, 2, 5, 7, 13)
+    def test_stacks_that_the_mesh_does_not_divide_are_padded(self, count):
+        x = values((count, 16, 24))
+        for rotation in (0, 3):
+            with set_mesh((2, 4)):
+                mapped = jax.jit(
+                    functools.partial(
+                        map_matrices, whole_matrix_rule, stack_dims=1, rotation=rotation
+                    )
+                )(jax.device_put(x, P(None, ("data", "expert"), None)))
+                np.testing.assert_allclose(mapped, oracle(x), rtol=1e-4, atol=1e-4)
+
+    def test_arrays_in_different_layouts_stay_together(self):
+        left, right = values((5, 16, 8)), values((5, 16, 24), seed=1)
+
+        def rule(items):
+            joined = whole_matrix_rule(jnp.concatenate(items, axis=1))
+            return [joined[:, :8], joined[:, 8:]]
+
+        expected = oracle(np.concatenate([left, right], axis=2))
+        with set_mesh((2, 4)):
+            items = [
+                jax.device_put(left, P(None, ("data", "expert"), None)),
+                jax.device_put(right, P(None, None, "expert")),
+            ]
+            mapped = jax.jit(lambda x: map_matrices(rule, x, stack_dims=1))(items)
+            self.assertEqual(
+                [jax.typeof(x).sharding.spec for x in mapped],
+                [P(None, ("data", "expert"), None), P(None, None, "expert")],
+            )
+        np.testing.assert_allclose(np.concatenate(mapped, axis=2), expected, rtol=1e-4, atol=1e-4)
+
+    @parameterized.parameters(
+        (P(None, None, "data", None), 8, 2),
+        (P(None, "expert", "data", None), 2, 2),
+        (P(None, None, ("data", "expert"), None), 8, 4),
+        (P(None, None, "data", "expert"), 8, 4),
+    )
+    def test_split_matrices_move_by_all_to_all_alone(self, layout, sharers, all_to_alls):
+        del sharers
+        with set_mesh((2, 4)):
+            x = jax.device_put(values(), layout)
+            compiled = (
+                jax.jit(lambda x: map_matrices(whole_matrix_rule, x, stack_dims=2))
+                .lower(x)
+                .compile()
+            )
+        self.assertEqual(count_operations(compiled, "all-to-all"), all_to_alls)
+        is_replicated_over_expert = layout == P(None, None, "data", None)
+        self.assertEqual(count_operations(compiled, "all-gather"), int(is_replicated_over_expert))
+
+    @parameterized.product(mesh=MESHES, layout=LAYOUTS, shape=[SHAPE, (1, 8, 16, 24)])
+    def test_each_matrix_is_computed_once_in_the_whole_mesh(self, mesh, layout, shape):
+        computed = []
+
+        def rule(x):
+            jax.debug.callback(lambda mark: computed.append(float(mark)), x[0, 0])
+            return x * 2.0
+
+        marks = np.arange(1, 1 + math.prod(shape[:2]), dtype=np.float32)
+        x = np.broadcast_to(marks.reshape(*shape[:2], 1, 1), shape)
+        with set_mesh(mesh):
+            split = jax.device_put(x, layout)
+            jax.block_until_ready(jax.jit(lambda x: map_matrices(rule, x, stack_dims=2))(split))
+        jax.effects_barrier()
+        self.assertCountEqual(computed, marks.tolist())
+
+
+if __name__ == "__main__":
+    absltest.main()
