@@ -20,8 +20,8 @@ from kimi_jax.evaluation.perplexity import HeldOutEvaluation
 from kimi_jax.inference.sampling import sample
 from kimi_jax.model import accounting, transformer
 from kimi_jax.optimizers.muon_clip import describe_labels
+from kimi_jax.optimizers.schedules import learning_rate_schedule
 from kimi_jax.parallel import mesh as meshes
-from kimi_jax.parallel.rules import BATCH
 from kimi_jax.training.loop import train
 from kimi_jax.training.progress import print_banner
 from kimi_jax.training.state import TrainState
@@ -51,6 +51,7 @@ def pretrain(
     mesh = meshes.make_mesh(config.parallel, config.model.num_routed_experts)
     training = config.training
     meshes.check_batch(mesh, training.batch_sequences, training.accumulation_steps)
+    learning_rate_schedule(config.optimizer.schedule, training.num_steps)  # raises if it is too long
     corpus = open_corpus(config.data)
     check_vocabulary(corpus.tokenizer, config.model.vocab_size)
     held_out = held_out_batches(corpus, config.data, training.batch_sequences)
@@ -121,7 +122,7 @@ def _sample(config: ExperimentConfig, corpus: Corpus, state: TrainState) -> dict
     prompts = np.full((mesh.size, 1), corpus.tokenizer.bos_id, np.int32)
     tokens = sample(
         state.params,
-        jnp.asarray(prompts, out_sharding=BATCH),
+        jnp.asarray(prompts),
         key_for(jax.random.wrap_key_data(state.rng), "sample"),
         num_tokens=num_tokens,
         temperature=_SAMPLE_TEMPERATURE,

@@ -66,7 +66,7 @@ def comparison_config(case: Case):
         head_nope_dim=32,
         head_rope_dim=16,
         head_value_dim=32,
-        dense_ffn_dim=1024,
+        dense_ffn_dim=512,
         expert_ffn_dim=128,
         num_routed_experts=16,
         num_shared_experts=1,

@@ -48,8 +48,8 @@ def sample(
 def _sample(params, prompts, key, *, num_tokens, temperature, config, choices):
     length = prompts.shape[1]
     tokens = jax.reshard(jnp.pad(prompts, ((0, 0), (0, num_tokens))), BATCH)
-    positions = jax.reshard(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), BATCH)
-    segments = jax.reshard(jnp.ones_like(tokens), BATCH)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segments = jnp.ones_like(tokens)
 
     def add_token(index: Array, tokens: Array) -> Array:
         hidden, _ = transformer.forward(

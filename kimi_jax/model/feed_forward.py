@@ -1,13 +1,13 @@
 """SwiGLU feed-forward layer: the dense blocks', and the shared experts'."""
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core import axes as ax
 from kimi_jax.core.param_spec import MATRIX, Leaf, ParamSpec
+from kimi_jax.model.linear import project
 
 
 @struct.dataclass
@@ -41,13 +41,11 @@ def specs(config: ModelConfig, width: int) -> FeedForwardParams:
 
 
 @jax.named_scope("feed_forward")
-def feed_forward(
-    params: FeedForwardParams, x: Float[Array, "*shape D"]
-) -> Float[Array, "*shape D"]:
+def feed_forward(params: FeedForwardParams, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Returns swiglu(x W_gate, x W_up) W_down."""
-    gate = jnp.einsum("...d,df->...f", x, params.w_gate)
-    up = jnp.einsum("...d,df->...f", x, params.w_up)
-    return jnp.einsum("...f,fd->...d", swiglu(gate, up), params.w_down)
+    gate = project("btd,df->btf", x, params.w_gate)
+    up = project("btd,df->btf", x, params.w_up)
+    return project("btf,fd->btd", swiglu(gate, up), params.w_down)
 
 
 @jax.custom_vjp

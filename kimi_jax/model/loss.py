@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.configs.compute import ComputeConfig
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.model import transformer
+from kimi_jax.model.linear import project
 from kimi_jax.parallel.per_shard import per_shard
 from kimi_jax.parallel.placement import to_compute
 from kimi_jax.parallel.rules import BATCH, REPLICATED
@@ -38,7 +39,7 @@ def token_losses(
         in_specs=(REPLICATED, BATCH, BATCH),
         out_specs=BATCH,
     )
-    return losses(head, hidden, targets)
+    return losses(head, hidden, jax.reshard(targets, BATCH))
 
 
 def _losses_per_shard(
@@ -64,6 +65,6 @@ def _cross_entropy(
     head: Float[Array, "D V"], rows: Float[Array, "W D"], labels: Int[Array, "W"]
 ) -> Float[Array, "W"]:
     """Returns logsumexp(z) - z_label with z = rows head, in float32."""
-    z = jnp.einsum("wd,dv->wv", rows, head, preferred_element_type=jnp.float32)
+    z = project("wd,dv->wv", rows, head, jnp.float32)
     is_label = labels[:, None] == jnp.arange(z.shape[-1])
     return jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(is_label, z, 0.0), axis=-1)

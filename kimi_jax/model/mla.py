@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -21,6 +20,7 @@ from kimi_jax.core.param_spec import (
 )
 from kimi_jax.kernels.mla_attention import mla_attention
 from kimi_jax.model import norm, rope
+from kimi_jax.model.linear import project
 from kimi_jax.parallel.per_shard import per_shard
 from kimi_jax.parallel.rules import BATCH
 
@@ -116,17 +116,17 @@ def mla(
     with jax.named_scope("queries"):
         c_q = x
         if params.w_q_down is not None:
-            latent = checkpoint_name(jnp.einsum("btd,dq->btq", x, params.w_q_down), "q_latent")
+            latent = checkpoint_name(project("btd,dq->btq", x, params.w_q_down), "q_latent")
             c_q = norm.rms_norm(params.q_norm, latent, eps=config.norm_eps)
-        q_nope = jnp.einsum("btq,qnh->btnh", c_q, params.w_q_nope)
-        q_rope = jnp.einsum("btq,qnr->btnr", c_q, params.w_q_rope)
+        q_nope = project("btq,qnh->btnh", c_q, params.w_q_nope)
+        q_rope = project("btq,qnr->btnr", c_q, params.w_q_rope)
         q_rope = rope.rotate(q_rope, cos[:, :, None], sin[:, :, None])
     with jax.named_scope("keys_values"):
-        latent = checkpoint_name(jnp.einsum("btd,dc->btc", x, params.w_kv_down), "kv_latent")
+        latent = checkpoint_name(project("btd,dc->btc", x, params.w_kv_down), "kv_latent")
         c_kv = norm.rms_norm(params.kv_norm, latent, eps=config.norm_eps)
-        k_nope = jnp.einsum("btc,cnh->btnh", c_kv, params.w_k_nope)
-        value = jnp.einsum("btc,cnu->btnu", c_kv, params.w_value)
-        k_rope = checkpoint_name(jnp.einsum("btd,dr->btr", x, params.w_k_rope), "k_rope")
+        k_nope = project("btc,cnh->btnh", c_kv, params.w_k_nope)
+        value = project("btc,cnu->btnu", c_kv, params.w_value)
+        k_rope = checkpoint_name(project("btd,dr->btr", x, params.w_k_rope), "k_rope")
         k_rope = rope.rotate(k_rope, cos, sin)
     with jax.named_scope("attention"):
         attend = functools.partial(
@@ -135,4 +135,4 @@ def mla(
         out, max_logit = per_shard(attend, in_specs=BATCH, out_specs=BATCH)(
             q_nope, q_rope, k_nope, k_rope, value, segments
         )
-    return jnp.einsum("btnu,nud->btd", out, params.w_out), max_logit
+    return project("btnu,nud->btd", out, params.w_out), max_logit

@@ -12,6 +12,7 @@ from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core import axes as ax
 from kimi_jax.core.param_spec import EMBEDDING, HEAD, Leaf, ParamSpec, stack
 from kimi_jax.model import block, norm
+from kimi_jax.model.linear import project
 from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
 from kimi_jax.parallel.placement import to_compute
 from kimi_jax.parallel.rules import BATCH
@@ -81,6 +82,7 @@ def forward(
     Returns:
       Normalised hidden states in the compute dtype, ready for the head, and the statistics.
     """
+    inputs, positions, segments = (jax.reshard(i, BATCH) for i in (inputs, positions, segments))
     plan = specs(config)
     ends = TransformerParams(params.embedding, None, None, params.final_norm, None)
     end_plan = TransformerParams(plan.embedding, None, None, plan.final_norm, None)
@@ -139,4 +141,4 @@ def logits(
 ) -> Float[Array, "B T V"]:
     """Returns hidden W_head in float32."""
     head = to_compute(params.head, specs(config).head, choices.dtype.value)
-    return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    return project("btd,dv->btv", hidden, head, jnp.float32)

@@ -1,0 +1,115 @@
+"""Invariances of the decoder; its equality with the published model is in hf_parity_test.py."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from kimi_jax.configs.compute import ComputeConfig, ComputeDtype, Remat
+from kimi_jax.core import param_spec
+from kimi_jax.model import transformer
+from kimi_jax.parallel import placement
+from tests.support import tiny
+
+_CHOICES = ComputeConfig(dtype=ComputeDtype.FLOAT32)
+
+
+def _params(config=tiny.MODEL):
+    plan = transformer.specs(config)
+    return jax.jit(functools.partial(placement.initialize, plan=plan))(jax.random.key(0))
+
+
+def _hidden(params, tokens, positions, segments, choices=_CHOICES, config=tiny.MODEL):
+    run = functools.partial(transformer.forward, config=config, choices=choices)
+    return run(params, tokens, positions, segments)[0]
+
+
+class TransformerTest(parameterized.TestCase):
+    def test_a_document_is_unaware_of_its_neighbours_in_the_row(self):
+        rng = np.random.default_rng(0)
+        row = jnp.asarray(rng.integers(0, tiny.MODEL.vocab_size, (1, 12)), jnp.int32)
+        segments = jnp.asarray([[1] * 5 + [2] * 7], jnp.int32)
+        positions = jnp.asarray([[*range(5), *range(7)]], jnp.int32)
+        with jax.set_mesh(tiny.mesh(1, 1)):
+            params = _params()
+            packed = _hidden(params, row, positions, segments)
+            alone = _hidden(params, row[:, 5:], positions[:, 5:], segments[:, 5:])
+        np.testing.assert_allclose(packed[:, 5:], alone, rtol=1e-4, atol=1e-5)
+
+    def test_a_token_is_unaware_of_later_ones(self):
+        rng = np.random.default_rng(0)
+        row = jnp.asarray(rng.integers(0, tiny.MODEL.vocab_size, (1, 12)), jnp.int32)
+        changed = row.at[0, 8].set((row[0, 8] + 1) % tiny.MODEL.vocab_size)
+        positions, segments = jnp.arange(12)[None], jnp.ones((1, 12), jnp.int32)
+        with jax.set_mesh(tiny.mesh(1, 1)):
+            params = _params()
+            before = np.asarray(_hidden(params, row, positions, segments))
+            after = np.asarray(_hidden(params, changed, positions, segments))
+        np.testing.assert_allclose(before[:, :8], after[:, :8], rtol=1e-4, atol=1e-5)
+        self.assertGreater(np.abs(before[:, 8:] - after[:, 8:]).max(), 1e-2)
+
+    def test_what_the_backward_pass_recomputes_changes_no_gradient(self):
+        batch = tiny.batch(tiny.mesh(1, 1), rows=2)
+
+        def gradient(remat):
+            choices = dataclasses.replace(_CHOICES, remat=remat)
+
+            def loss(params):
+                hidden = _hidden(params, batch.inputs, batch.positions, batch.segments, choices)
+                return jnp.sum(jnp.sin(hidden))
+
+            return jax.jit(jax.grad(loss))(params)
+
+        with jax.set_mesh(tiny.mesh(1, 1)):
+            params = _params()
+            kept = gradient(Remat.NONE)
+            for remat in (Remat.K2, Remat.FULL):
+                chex.assert_trees_all_close(gradient(remat), kept, rtol=1e-4, atol=1e-4)
+
+    def test_recomputing_keeps_less_for_the_backward_pass(self):
+        config = dataclasses.replace(tiny.MODEL, num_layers=9)
+        batch = tiny.batch(tiny.mesh(1, 1), rows=8)
+
+        def temporary_bytes(remat):
+            choices = dataclasses.replace(_CHOICES, remat=remat)
+
+            def loss(params):
+                arguments = params, batch.inputs, batch.positions, batch.segments
+                return jnp.sum(_hidden(*arguments, choices, config))
+
+            compiled = jax.jit(jax.grad(loss)).lower(params).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        with jax.set_mesh(tiny.mesh(1, 1)):
+            params = _params(config)
+            kept, some, none = (temporary_bytes(r) for r in (Remat.NONE, Remat.K2, Remat.FULL))
+        self.assertLess(some, kept)
+        self.assertLess(none, some)
+
+    @parameterized.parameters(0, 3)
+    def test_all_blocks_may_be_of_one_kind(self, num_dense_layers):
+        config = dataclasses.replace(tiny.MODEL, num_dense_layers=num_dense_layers)
+        plan = transformer.specs(config)
+        self.assertEqual(plan.dense_blocks is None, num_dense_layers == 0)
+        self.assertEqual(plan.moe_blocks is None, num_dense_layers == 3)
+        batch = tiny.batch(tiny.mesh(1, 1), rows=1)
+        with jax.set_mesh(tiny.mesh(1, 1)):
+            run = functools.partial(transformer.forward, config=config, choices=_CHOICES)
+            arguments = _params(config), batch.inputs, batch.positions, batch.segments
+            hidden, stats = jax.eval_shape(run, *arguments)
+        self.assertEqual(hidden.shape, (1, tiny.LENGTH, config.embed_dim))
+        self.assertEqual(stats.max_logit.shape, (3, config.num_heads))
+        self.assertEqual(stats.expert_load is None, num_dense_layers == 3)
+
+    def test_every_leaf_of_the_plan_has_a_distinct_name(self):
+        names = [name for name, _ in param_spec.named_specs(transformer.specs(tiny.MODEL))]
+        self.assertLen(set(names), len(names))
+        self.assertIn("moe_blocks.feed_forward.experts.w_gate", names)
+
+
+if __name__ == "__main__":
+    absltest.main()
