@@ -10,13 +10,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import program
-from kimi_jax.configs import convert
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.parallel.mesh import simulate_devices
 from kimi_jax.pretrain import pretrain
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="file whose get_config() returns the configuration"
+    "config",
+    help_string="file whose get_config() returns the configuration",
+    lock_config=False,
+    accept_new_attributes=True,  # unknown options are reported with all others, by load_config
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run; by default runs/ and the name of the config file"
@@ -27,7 +29,7 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     """Turns flags into a configuration and runs it."""
-    config = convert.from_mapping(ExperimentConfig, _CONFIG.value)
+    config = program.load_config(_CONFIG, ExperimentConfig)
     config_file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     simulate_devices(config.parallel.simulated_devices)
     pretrain(config, _WORKDIR.value or f"runs/{config_file.stem}", resume=_RESUME.value)

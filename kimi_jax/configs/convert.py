@@ -18,7 +18,8 @@ from kimi_jax.core.errors import ConfigError
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """Writes a config dataclass as a ConfigDict with every option in it, so that each can be overridden.
 
-    Enums become their values; options that are None become typed placeholders.
+    Enums become their values. Options that may be None accept any value until `from_mapping` checks
+    them, so that a flag can turn them off and on.
     """
     hints = typing.get_type_hints(type(config))
     fields = {
@@ -98,9 +99,9 @@ def _alternatives(hint: Any) -> list[Any]:
 
 def _to_plain(value: Any, hint: Any) -> Any:
     (kind, *_) = _alternatives(hint)
-    if value is None:
-        scalar = kind in (int, float, str, bool)
-        return config_dict.placeholder(kind if scalar else object)
+    if kind is not hint:
+        plain = None if value is None else _to_plain(value, kind)
+        return config_dict.FieldReference(plain, field_type=object)
     if dataclasses.is_dataclass(value):
         return to_config_dict(value)
     if isinstance(value, enum.Enum):

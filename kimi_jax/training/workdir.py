@@ -6,7 +6,7 @@ import pathlib
 
 from kimi_jax.configs import convert
 from kimi_jax.configs.experiment import ExperimentConfig
-from kimi_jax.core.errors import CheckpointMismatchError
+from kimi_jax.core.errors import CheckpointMismatchError, ConfigError
 
 CONFIG_FILE = "config.json"
 
@@ -40,6 +40,7 @@ def claim(workdir: str | os.PathLike, config: ExperimentConfig, *, resume: bool)
     Raises:
       CheckpointMismatchError: the folder holds a run and `resume` is False, or that run had another
         configuration; nothing is changed then.
+      ConfigError: nothing can be written there.
     """
     folder = pathlib.Path(workdir)
     path = folder / CONFIG_FILE
@@ -49,12 +50,24 @@ def claim(workdir: str | os.PathLike, config: ExperimentConfig, *, resume: bool)
             raise CheckpointMismatchError(
                 f"{folder} already holds a run, and --noresume was given; choose another --workdir"
             )
-        _check_same_run(path, json.loads(path.read_text()), new)
-    folder.mkdir(parents=True, exist_ok=True)
+        _check_same_run(path, _read(path), new)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(new, indent=2) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(new, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write to --workdir {folder}: {error}") from error
     temporary.replace(path)
     return folder
+
+
+def _read(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointMismatchError(
+            f"{path} is not JSON ({error}), so that its run cannot go on; choose another --workdir"
+        ) from error
 
 
 def _check_same_run(path: pathlib.Path, old: dict, new: dict) -> None:

@@ -179,7 +179,7 @@ class OneStepTest(parameterized.TestCase):
     def test_metrics_report_the_rms_by_label_and_role(self):
         updates, state = self.step()
         metrics = mc.optimizer_metrics(state)
-        self.assertBetween(float(metrics["optimizer/update_rms/muon"]), 0.13, 0.24)
+        self.assertBetween(float(metrics["optimizer/update_rms_muon"]), 0.13, 0.24)
         np.testing.assert_allclose(
             metrics["optimizer/update_rms_of/embedding"],
             np.sqrt(np.mean(np.square(self.directions(updates)["embedding"]))),

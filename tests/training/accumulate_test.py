@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest
+from jax.sharding import NamedSharding
+
+from kimi_jax.model.stats import ModelStats
+from kimi_jax.parallel.rules import BATCH
+from kimi_jax.training.accumulate import accumulate, split_micro_batches
+from tests.support import tiny
+
+# float32 sums of 32 x 32 terms in another order.
+TOLERANCE = 1e-5
+COUNT = 4
+
+
+def _losses(params, batch):
+    return (batch.inputs * params["slope"] + params["start"] - batch.targets) ** 2
+
+
+def _share(params, micro_batch, total_weight):
+    """A line fitted to the tokens: small, but with weights and statistics like the model's."""
+    loss = jnp.sum(_losses(params, micro_batch) * micro_batch.weights) / total_weight
+    stats = ModelStats(
+        max_logit=jnp.max(micro_batch.inputs).astype(jnp.float32)[None, None],
+        expert_load=jnp.sum(micro_batch.inputs).astype(jnp.float32)[None, None],
+        balance_loss=jnp.sum(micro_batch.weights),
+    )
+    return loss, ({"loss/train": loss}, stats)
+
+
+def _exact(params, micro_batch, total_weight):
+    return _share(params, micro_batch, total_weight)
+
+
+def _mean_of_means(params, micro_batch, total_weight):
+    del total_weight
+    return _share(params, micro_batch, COUNT * jnp.sum(micro_batch.weights))
+
+
+def _run(share, count, mesh_shape=(1, 1)):
+    mesh = tiny.mesh(*mesh_shape)
+    params = {"slope": jnp.float32(0.5), "start": jnp.float32(1.0)}
+
+    @jax.jit
+    def run(params, batch):
+        total = jnp.sum(batch.weights)
+        micro_batches = split_micro_batches(batch, count)
+        return accumulate(lambda p, b: share(p, b, total), params, micro_batches)
+
+    with jax.set_mesh(mesh):
+        return jax.device_get(run(params, tiny.batch(mesh)))
+
+
+class AccumulateTest(absltest.TestCase):
+    def test_gradients_and_loss_are_those_of_the_whole_batch(self):
+        gradients, parts, _ = _run(_exact, COUNT)
+        batch = tiny.host_batch()
+        x, y, w = (
+            np.asarray(part, np.float64) for part in (batch.inputs, batch.targets, batch.weights)
+        )
+        error = 0.5 * x + 1.0 - y
+        expected = {
+            "slope": np.sum(2 * error * x * w) / w.sum(),
+            "start": np.sum(2 * error * w) / w.sum(),
+        }
+        for name, value in expected.items():
+            np.testing.assert_allclose(gradients[name], value, rtol=TOLERANCE)
+        np.testing.assert_allclose(
+            parts["loss/train"], np.sum(error**2 * w) / w.sum(), rtol=TOLERANCE
+        )
+
+    def test_the_mean_of_micro_batch_means_is_something_else(self):
+        exact, _, _ = _run(_exact, COUNT)
+        faulty, _, _ = _run(_mean_of_means, COUNT)
+        self.assertGreater(abs(faulty["slope"] / exact["slope"] - 1), 100 * TOLERANCE)
+
+    def test_maxima_stay_maxima_and_counts_are_added(self):
+        batch = tiny.host_batch()
+        for count in (1, COUNT):
+            _, _, stats = _run(_exact, count)
+            self.assertEqual(stats.max_logit[0, 0], batch.inputs.max())
+            self.assertEqual(stats.expert_load[0, 0], batch.inputs.sum())
+            np.testing.assert_allclose(stats.balance_loss, batch.weights.sum(), rtol=TOLERANCE)
+
+    def test_a_micro_batch_takes_every_nth_row_and_stays_on_its_devices(self):
+        mesh = tiny.mesh(2, 4)
+        with jax.set_mesh(mesh):
+            batch = tiny.batch(mesh)
+            micro = jax.jit(lambda b: split_micro_batches(b, COUNT))(batch)
+        rows = tiny.NUM_ROWS // COUNT
+        self.assertEqual(micro.inputs.shape, (COUNT, rows, tiny.LENGTH))
+        host = np.asarray(batch.inputs)
+        for index in range(COUNT):
+            np.testing.assert_array_equal(micro.inputs[index], host[index::COUNT])
+        before = NamedSharding(mesh, BATCH).devices_indices_map(host.shape)
+        owner = {}
+        for device, (span, *_) in before.items():
+            owner |= dict.fromkeys(range(*span.indices(len(host))), device)
+        for shard in micro.inputs.addressable_shards:
+            for row in range(*shard.index[1].indices(rows)):
+                for index in range(*shard.index[0].indices(COUNT)):
+                    self.assertEqual(owner[row * COUNT + index], shard.device)
+
+
+if __name__ == "__main__":
+    absltest.main()
