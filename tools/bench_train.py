@@ -19,7 +19,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-SEQUENCES, LENGTH = 8, 256
+SEQUENCES, LENGTH, VOCABULARY = 8, 256, 512
 WARM_STEPS, TIMED_STEPS = 2, 10
 
 
@@ -56,7 +56,7 @@ def comparison_config(case: Case):
     from kimi_jax.configs.training import TrainingConfig
 
     model = ModelConfig(
-        vocab_size=512,
+        vocab_size=VOCABULARY,
         embed_dim=256,
         num_layers=4,
         num_dense_layers=1,
@@ -95,10 +95,8 @@ def run_case(case: Case, started: float) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from kimi_jax.data.batches import Batch
     from kimi_jax.model import accounting, transformer
     from kimi_jax.parallel import mesh as meshes
-    from kimi_jax.parallel.rules import BATCH
     from kimi_jax.training.device_peak import measure_matmul_peak, peak_memory_bytes
     from kimi_jax.training.state import initial_state
     from kimi_jax.training.step import compile_train_step, make_optimizer
@@ -110,11 +108,7 @@ def run_case(case: Case, started: float) -> dict[str, float]:
         plan = transformer.specs(config.model)
         state = initial_state(config, plan, make_optimizer(config, plan))
         step = compile_train_step(config, plan)
-        tokens = np.random.default_rng(0).integers(0, 512, (SEQUENCES, LENGTH + 1)).astype(np.int32)
-        ones = np.ones((SEQUENCES, LENGTH), np.int32)
-        positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ones.shape)
-        batch = Batch(tokens[:, :-1], tokens[:, 1:], ones, positions, ones.astype(np.float32))
-        batch = jax.device_put(batch, jax.NamedSharding(mesh, BATCH))
+        batch = random_batch(mesh)
         seconds = []
         for index in range(1 + WARM_STEPS + TIMED_STEPS):
             begin = time.perf_counter()
@@ -123,7 +117,7 @@ def run_case(case: Case, started: float) -> dict[str, float]:
             if index == 0:
                 first = time.time() - started
             seconds.append(time.perf_counter() - begin)
-        median = float(np.median(seconds[1 + WARM_STEPS :]))
+    median = float(np.median(seconds[1 + WARM_STEPS :]))
     memory = peak_memory_bytes()
     flops = accounting.train_flops_per_step(config.model, SEQUENCES, LENGTH)
     peak = measure_matmul_peak("float32")
@@ -131,11 +125,33 @@ def run_case(case: Case, started: float) -> dict[str, float]:
         "first_step_seconds": first,
         "step_seconds": median,
         "tokens_per_second": SEQUENCES * LENGTH / median,
-        "model_gflop": flops / 1e9,
         "float32_peak_gflops": peak / 1e9,
         "share_of_float32_peak": flops / median / peak,
         "peak_memory_gib": memory / 2**30,
     }
+
+
+def random_batch(mesh):
+    """Rows of one document each, on the mesh."""
+    import jax
+    import numpy as np
+
+    from kimi_jax.data.batches import Batch
+    from kimi_jax.data.device_feed import put_batch
+    from kimi_jax.parallel.rules import BATCH
+
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, LENGTH + 1))
+    tokens = tokens.astype(np.int32)
+    ones = np.ones((SEQUENCES, LENGTH), np.int32)
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ones.shape)
+    batch = Batch(
+        inputs=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        segments=ones,
+        positions=positions,
+        weights=ones.astype(np.float32),
+    )
+    return put_batch(batch, jax.NamedSharding(mesh, BATCH))
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:

@@ -36,9 +36,6 @@ class ModelConfigTest(parameterized.TestCase):
         with self.assertRaisesRegex(ConfigError, "model.yarn.factor must be greater than 0"):
             YarnConfig(factor=0.0, original_max_position=4096)
 
-    def test_an_integer_is_a_number(self):
-        self.assertEqual(YarnConfig(factor=32, original_max_position=4096).factor, 32)
-
 
 if __name__ == "__main__":
     absltest.main()
