@@ -87,6 +87,9 @@ class NewtonSchulzTest(parameterized.TestCase):
         x = np.random.default_rng(4).standard_normal((8, 12))
         np.testing.assert_allclose(run(1e3 * x), run(x), atol=FLOAT32_ATOL)
 
+    def test_default_preset_has_the_published_coefficients(self):
+        self.assertEqual(coefficients(JORDAN, 5), ((3.4445, -4.7750, 2.0315),) * 5)
+
     def test_steps_beyond_the_table_repeat_the_last_row(self):
         rows = coefficients(POLAR, 10)
         self.assertLen(rows, 10)
