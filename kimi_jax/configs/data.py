@@ -130,7 +130,7 @@ class DataConfig:
       sources: the mixture, by names of the user's choice.
       sequence_length: T, tokens in a row of a batch.
       seed: of the order of documents and rows.
-      held_out_fraction: share of the documents, chosen by a hash of their names, that training
+      held_out_fraction: share of the documents, chosen by a hash of their text, that training
         never sees; 0 holds out none, and there is no evaluation.
       held_out_max_bytes: how much held-out text of each source is measured, so that evaluation
         stays affordable; what is beyond it is still not trained on.

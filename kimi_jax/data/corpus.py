@@ -17,7 +17,7 @@ from kimi_jax.data.sources import read_documents, source_files
 from kimi_jax.data.token_store import TokenStore, write_token_store
 from kimi_jax.data.tokenizer import ByteTokenizer, Tokenizer
 
-_FORMAT = 1  # of everything in the cache; a change makes all of it anew
+_FORMAT = 2  # of everything in the cache; a change makes all of it anew
 _MEASURED_SALT = b"measured"
 _BPE_SALT = b"bpe sample"
 _BPE_SAMPLE_BYTES = 8 << 20
@@ -107,7 +107,7 @@ def _open_bpe(config: DataConfig) -> Tokenizer:
         for option, source in sources.items():
             documents = read_documents(source, option)
             for document in with_progress(documents, f"sampling {option} for the tokenizer"):
-                if not is_held_out(document.name, config.held_out_fraction):
+                if not is_held_out(document.text, config.held_out_fraction):
                     text = document.text[:_BPE_SAMPLE_CHARACTERS]
                     sample.offer(Document(document.name, text, len(text.encode())))
         texts = (document.text for document in sample.documents())
@@ -134,7 +134,7 @@ def _open_source(
 
         def training_documents() -> Iterator[Document]:
             for document in read_documents(source, option):
-                if is_held_out(document.name, config.held_out_fraction):
+                if is_held_out(document.text, config.held_out_fraction):
                     measured.offer(document)
                 else:
                     yield document

@@ -16,17 +16,20 @@ _HELD_OUT_SALT = b"held out"
 _HASH_BYTES = 8
 
 
-def hash_fraction(name: str, salt: bytes) -> float:
-    """Returns a number in [0, 1) that depends on `name` and `salt` alone."""
+def hash_fraction(text: str, salt: bytes) -> float:
+    """Returns a number in [0, 1) that depends on `text` and `salt` alone."""
     digest = hashlib.blake2b(
-        name.encode(errors="surrogatepass"), digest_size=_HASH_BYTES, key=salt
+        text.encode(errors="surrogatepass"), digest_size=_HASH_BYTES, key=salt
     ).digest()
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-def is_held_out(name: str, fraction: float) -> bool:
-    """True if the document of this name belongs to the share that training never sees."""
-    return hash_fraction(name, _HELD_OUT_SALT) < fraction
+def is_held_out(text: str, fraction: float) -> bool:
+    """True if the document with this text belongs to the share that training never sees.
+
+    The text decides and not its name, so that a copy under another name is held out as well.
+    """
+    return hash_fraction(text, _HELD_OUT_SALT) < fraction
 
 
 class HashSample:

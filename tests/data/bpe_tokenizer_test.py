@@ -93,14 +93,16 @@ class SplitLongTest(parameterized.TestCase):
         self.assertLen(pieces, num_pieces)
         self.assertEqual("".join(pieces), text)
 
-    def test_long_texts_survive_the_round_trip(self):
-        ranks = {bytes([i]): i for i in range(256)}
-        roles = {"b": 256, "e": 257, "p": 258}
+    def test_long_texts_are_encoded_in_pieces_and_survive_the_round_trip(self):
+        ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256}
+        specials = {"b": 257, "e": 258, "p": 259}
         tokenizer = bpe_tokenizer.BpeTokenizer(
-            ranks, bpe_tokenizer.WORD_PATTERN, roles, ("b", "e", "p")
+            ranks, bpe_tokenizer.WORD_PATTERN, specials, ("b", "e", "p")
         )
-        text = "x" * 60_000 + " " * 60_000
-        self.assertEqual(tokenizer.decode(tokenizer.encode(text)), text)
+        text = "x" + "ab" * 20_000  # the first piece ends between an a and a b
+        ids = tokenizer.encode(text)
+        self.assertEqual(ids, [120, *[256] * 12_499, 97, 98, *[256] * 7_500])
+        self.assertEqual(tokenizer.decode(ids), text)
 
 
 if __name__ == "__main__":

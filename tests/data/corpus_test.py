@@ -49,11 +49,11 @@ class CorpusTest(absltest.TestCase):
         }
         return DataConfig(**{**defaults, **options})
 
-    def test_every_document_is_trained_on_or_held_out_by_its_name(self):
+    def test_every_document_is_trained_on_or_held_out_by_its_text(self):
         config = self.make_config()
         corpus = open_corpus(config)
         documents = list(read_documents(config.sources["mine"], "data.sources.mine"))
-        held_out = {d.text for d in documents if is_held_out(d.name, 0.2)}
+        held_out = {d.text for d in documents if is_held_out(d.text, 0.2)}
         source = corpus.sources["mine"]
         self.assertEqual(set(texts_of(corpus, source.held_out)), held_out)
         self.assertEqual(
@@ -88,8 +88,13 @@ class CorpusTest(absltest.TestCase):
     def test_changed_file_is_tokenised_anew(self):
         config = self.make_config()
         before = open_corpus(config).sources["mine"]
-        file = next(f for f in sorted(self.folder.iterdir()) if not is_held_out(f.name, 0.2))
-        file.write_text(file.read_text().replace("says", "told"))
+        changed = {f: f.read_text().replace("says", "told") for f in self.folder.iterdir()}
+        file = next(
+            file
+            for file, text in sorted(changed.items())
+            if not is_held_out(file.read_text(), 0.2) and not is_held_out(text, 0.2)
+        )
+        file.write_text(changed[file])
         os.utime(file, ns=(0, 1))
         after = open_corpus(config).sources["mine"]
         self.assertNotEqual(after.train.content, before.train.content)
@@ -138,7 +143,19 @@ class CorpusTest(absltest.TestCase):
         bad.write_bytes(b"\xff")
         self.assertIn("99.txt is not valid UTF-8", self.error())
         bad.unlink()
-        self.assertEqual(open_corpus(self.make_config()).statistics()["mine/train_documents"], 45)
+        source = open_corpus(self.make_config()).sources["mine"]
+        self.assertEqual(source.train.num_documents + source.held_out.num_documents, 60)
+
+    def test_copies_of_a_held_out_document_are_held_out_too(self):
+        for file in list(self.folder.iterdir()):
+            (self.folder / f"copy of {file.name}").write_text(file.read_text())
+        corpus = open_corpus(self.make_config())
+        source = corpus.sources["mine"]
+        held_out, train = (
+            set(texts_of(corpus, store)) for store in (source.held_out, source.train)
+        )
+        self.assertTrue(held_out.isdisjoint(train))
+        self.assertEqual(source.held_out.num_documents, 2 * len(held_out))
 
     def test_embedded_corpus_needs_nothing_but_python(self):
         config = dataclasses.replace(

@@ -103,6 +103,14 @@ class MalformedTest(absltest.TestCase):
                 (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), (256, 257, 511)
             )
 
+    def test_no_token_reaches_from_other_letters_into_chinese_ones(self):
+        you = "\u4f60".encode()
+        mixed = [b"A" + you, b"a" + you, you + b"a", you + b"A"]
+        self.write_model([*(bytes([i]) for i in range(256)), you[:2], you, *mixed])
+        self.write_specials({262: "[BOS]", 263: "[EOS]", 264: "[PAD]"})
+        tokenizer = load_kimi(str(self.folder))
+        self.assertEqual(tokenizer.encode("A\u4f60a\u4f60A"), [65, 257, 97, 257, 65])
+
     def test_missing_file_names_the_option(self):
         (self.folder / "tokenizer_config.json").unlink()
         message = self.error()
