@@ -24,8 +24,7 @@ def initialize(key: jax.Array, plan: Any) -> Any:
     layouts = rules.partition_specs(plan, rules.STORAGE)
 
     def create(spec: ParamSpec, name: str, layout: PartitionSpec) -> jax.Array:
-        leaf = spec.init(key_for(key, name), spec.shape, precision.MASTER)
-        return jax.reshard(leaf, layout)
+        return spec.init(key_for(key, name), spec.shape, precision.MASTER, out_sharding=layout)
 
     return map_specs(create, plan, names, layouts)
 

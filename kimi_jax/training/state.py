@@ -1,5 +1,6 @@
 """Everything a run needs to go on from where it was."""
 
+import functools
 from typing import Any
 
 import jax
@@ -28,19 +29,31 @@ def initial_state(
     config: ExperimentConfig, plan: Any, transformation: optax.GradientTransformation
 ) -> TrainState:
     """Creates the state of step 0, each leaf directly in its layout. One compiled program."""
+    create = functools.partial(_create, config=config, plan=plan, transformation=transformation)
+    # The program runs once, and on a CPU it takes longer to optimise than to run.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(create, compiler_options=options)(_root_key(config))
 
-    @jax.jit
-    def create(rng: jax.Array) -> TrainState:
-        params = initialize(jax.random.wrap_key_data(rng), plan)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            optimizer=transformation.init(params),
-            clipped_ever=jnp.zeros((config.model.num_layers, config.model.num_heads), bool),
-            rng=rng,
-        )
 
-    return create(jax.random.key_data(jax.random.key(config.training.seed)))
+def _root_key(config: ExperimentConfig) -> jax.Array:
+    return jax.random.key_data(jax.random.key(config.training.seed))
+
+
+def _create(
+    rng: jax.Array,
+    *,
+    config: ExperimentConfig,
+    plan: Any,
+    transformation: optax.GradientTransformation,
+) -> TrainState:
+    params = initialize(jax.random.wrap_key_data(rng), plan)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=transformation.init(params),
+        clipped_ever=jnp.zeros((config.model.num_layers, config.model.num_heads), bool),
+        rng=rng,
+    )
 
 
 def abstract_state(
@@ -53,7 +66,8 @@ def abstract_state(
 
     What a checkpoint is restored into: a state saved on one mesh lands on another by its names.
     """
-    shapes = jax.eval_shape(lambda: initial_state(config, plan, transformation))
+    create = functools.partial(_create, config=config, plan=plan, transformation=transformation)
+    shapes = jax.eval_shape(create, _root_key(config))
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # Scalars come out of eval_shape without a sharding.
