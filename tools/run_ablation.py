@@ -15,6 +15,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,11 +35,13 @@ _RATES = {
     OptimizerName.MUON_CLIP: (4e-3, 8e-3, 16e-3, 32e-3),
 }
 _MOST_RATES = 8
-_SHARES = (0.4, 0.52, 0.65)  # 52 %: arXiv 2502.16982, section 3.2
+_SHARES = (0.4, 0.52, 0.65, 1.0)  # 52 %: arXiv 2502.16982, section 3.2
 _SPIKE_WINDOW = 10  # steps that the training loss is averaged over before spikes are looked for
 
 
-def compare_optimizers(base: ExperimentConfig, out: pathlib.Path, seeds: list[int]) -> dict:
+def compare_optimizers(
+    base: ExperimentConfig, out: pathlib.Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measures the share of AdamW's tokens with which MuonClip reaches AdamW's final loss.
 
     The learning rates are swept with the first seed at the full budget. MuonClip's shorter runs
@@ -46,20 +49,27 @@ def compare_optimizers(base: ExperimentConfig, out: pathlib.Path, seeds: list[in
     schedule cannot be compared with one that has decayed.
     """
     sweep = Sweep(base, out / "runs")
+    rates = {
+        OptimizerName.ADAMW: options.adamw_rates,
+        OptimizerName.MUON_CLIP: options.muon_clip_rates,
+    }
     full = base.training.num_steps
-    shares = sum(round(full * share) for share in _SHARES)
-    sweep.steps_planned = full * (sum(map(len, _RATES.values())) + 2 * (len(seeds) - 1))
-    sweep.steps_planned += shares * len(seeds)
-    by_rate = {name: sweep_rates(sweep, base, name, seeds[0]) for name in _RATES}
+    swept = sum(len(of_one) for of_one in rates.values() if len(of_one) > 1)
+    per_seed = sum(round(full * share) for share in (1.0, *options.shares))
+    sweep.steps_planned = full * swept + per_seed * len(options.seeds)
+    by_rate = {
+        name: sweep_rates(sweep, base, name, options.seeds[0], of_one)
+        for name, of_one in rates.items()
+    }
     best = {name: min(losses, key=losses.get) for name, losses in by_rate.items()}
     rows = []
-    for seed in seeds:
-        logs = run_best(sweep, base, best, seed)
+    for seed in options.seeds:
+        logs = run_best(sweep, base, best, seed, options.shares)
         adamw, *muon_clip = map(final_loss, logs.values())
-        losses = dict(zip((*_SHARES, 1.0), muon_clip, strict=True))
+        losses = dict(zip(options.shares, muon_clip, strict=True))
         needed = share_needed(losses, adamw)
         rows.append({"seed": seed, "adamw": adamw, "muon_clip": losses, "share_needed": needed})
-        if seed == seeds[0]:
+        if seed == options.seeds[0]:
             line = {"AdamW's last": adamw}
             figure = compare.curves(
                 logs, metric="eval/loss", title="Held-out loss", horizontal=line
@@ -67,38 +77,51 @@ def compare_optimizers(base: ExperimentConfig, out: pathlib.Path, seeds: list[in
             figure.savefig(out / "optimizers.png")
     return {
         "tokens": full * base.batch_tokens,
-        "by_rate": {name.value: losses for name, losses in by_rate.items()},
+        "by_rate": {n.value: losses for n, losses in by_rate.items() if len(losses) > 1},
         "best_rate": {name.value: rate for name, rate in best.items()},
         "seeds": rows,
     }
 
 
 def run_best(
-    sweep: Sweep, base: ExperimentConfig, best: dict[OptimizerName, float], seed: int
+    sweep: Sweep,
+    base: ExperimentConfig,
+    best: dict[OptimizerName, float],
+    seed: int,
+    shares: Sequence[float],
 ) -> dict[str, RunLog]:
     """Runs AdamW, and then MuonClip with each share of its tokens, at their best rates."""
     rate = best[OptimizerName.ADAMW]
     logs = {"AdamW": sweep.run(*_variant(base, OptimizerName.ADAMW, rate, seed))}
     rate = best[OptimizerName.MUON_CLIP]
-    for share in (*_SHARES, 1.0):
+    for share in shares:
         variant = _variant(base, OptimizerName.MUON_CLIP, rate, seed, share)
         logs[f"MuonClip, {share:.0%} of the tokens"] = sweep.run(*variant)
     return logs
 
 
 def sweep_rates(
-    sweep: Sweep, base: ExperimentConfig, optimizer: OptimizerName, seed: int
+    sweep: Sweep,
+    base: ExperimentConfig,
+    optimizer: OptimizerName,
+    seed: int,
+    rates: Sequence[float],
 ) -> dict[float, float]:
-    """Returns the final held-out loss by learning rate; goes on while the best is at an end."""
+    """Returns the final held-out loss by learning rate; goes on while the best is at an end.
+
+    A single rate is not tried, since there is nothing to choose.
+    """
+    if len(rates) == 1:
+        return {rates[0]: math.nan}
     losses: dict[float, float] = {}
-    waiting = list(_RATES[optimizer])
+    waiting = list(rates)
     while waiting:
         rate = waiting.pop(0)
         losses[rate] = final_loss(sweep.run(*_variant(base, optimizer, rate, seed)))
         if not waiting and len(losses) < _MOST_RATES:
             best = min(losses, key=losses.get)
-            ends = {min(losses): 0.5, max(losses): 2.0}
-            waiting = [best * ends[best]] if best in ends else []
+            beyond = {min(losses): 0.5, max(losses): 2.0}
+            waiting = [best * beyond[best]] if best in beyond else []
             sweep.steps_planned += len(waiting) * base.training.num_steps
     return dict(sorted(losses.items()))
 
@@ -127,13 +150,15 @@ def share_needed(loss_by_share: dict[float, float], target: float) -> float | No
     return None
 
 
-def compare_stability(base: ExperimentConfig, out: pathlib.Path, seeds: list[int]) -> dict:
+def compare_stability(
+    base: ExperimentConfig, out: pathlib.Path, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measures the largest logit and the loss with QK-clip and without it."""
     sweep = Sweep(base, out / "runs")
-    sweep.steps_planned = 2 * base.training.num_steps * len(seeds)
+    sweep.steps_planned = 2 * base.training.num_steps * len(options.seeds)
     tau, peak = base.optimizer.qk_clip_threshold, base.optimizer.schedule.peak
     rows = []
-    for seed in seeds:
+    for seed in options.seeds:
         clipped = vary(base, optimizer=OptimizerName.MUON_CLIP, peak=peak, seed=seed)
         unclipped = dataclasses.replace(clipped.optimizer, qk_clip_threshold=None)
         logs = {
@@ -144,7 +169,7 @@ def compare_stability(base: ExperimentConfig, out: pathlib.Path, seeds: list[int
         }
         for kind, log in logs.items():
             rows.append({"seed": seed, "run": kind} | describe_stability(log, tau))
-        if seed == seeds[0]:
+        if seed == options.seeds[0]:
             draw_stability(logs, tau, out)
     tokens = base.training.num_steps * base.batch_tokens
     return {"tokens": tokens, "tau": tau, "peak": peak, "runs": rows}
@@ -225,6 +250,21 @@ def _rule(columns: int) -> list[str]:
     return ["|" + "---|" * columns]
 
 
+def _add_rates(parser: argparse.ArgumentParser) -> None:
+    """Adds what the comparison of optimizers tries."""
+    for name, rates in _RATES.items():
+        parser.add_argument(
+            f"--{name.value}_rates",
+            type=float,
+            nargs="+",
+            default=rates,
+            help="peak learning rates to choose from; a single one is not swept",
+        )
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=_SHARES, help="of AdamW's tokens, for MuonClip"
+    )
+
+
 _QUESTIONS = {
     "optimizers": (optimizers, compare_optimizers, optimizers_table),
     "stability": (stability, compare_stability, stability_table),
@@ -239,18 +279,19 @@ def main() -> None:
     parser.add_argument("question", choices=_QUESTIONS)
     parser.add_argument("--tokens", type=int, help="of one run; by default what its config says")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    _add_rates(parser)
     parser.add_argument("--out", type=pathlib.Path, help="by default runs/ablations/QUESTION")
-    arguments = parser.parse_args()
-    config_file, measure, table = _QUESTIONS[arguments.question]
+    options = parser.parse_args()
+    config_file, measure, table = _QUESTIONS[options.question]
     base = config_file.experiment()
-    if arguments.tokens:
-        base = with_steps(base, max(1, round(arguments.tokens / base.batch_tokens)))
-    out = arguments.out or pathlib.Path("runs/ablations") / arguments.question
+    if options.tokens:
+        base = with_steps(base, max(1, round(options.tokens / base.batch_tokens)))
+    out = options.out or pathlib.Path("runs/ablations") / options.question
     out.mkdir(parents=True, exist_ok=True)
     # Most programs of a sweep are those of the run before.
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
     try:
-        results = measure(base, out, arguments.seeds)
+        results = measure(base, out, options)
     except KimiError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
