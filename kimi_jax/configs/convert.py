@@ -1,4 +1,4 @@
-"""Between config dataclasses and the `ConfigDict`s that flags can override; the only module that knows both."""
+"""Between config dataclasses and `ConfigDict`s, which flags override; nothing else has both."""
 
 import dataclasses
 import difflib
@@ -16,7 +16,7 @@ from kimi_jax.core.errors import ConfigError
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """Writes a config dataclass as a ConfigDict with every option in it, so that each can be overridden.
+    """Writes a config dataclass as a ConfigDict with all options, so that each can be overridden.
 
     Enums become their values. Options that may be None accept any value until `from_mapping` checks
     them, so that a flag can turn them off and on.
@@ -34,7 +34,10 @@ def to_json_dict(config: Any) -> dict[str, Any]:
     return _without_tuples(to_config_dict(config).to_dict())
 
 
-def from_mapping(cls: type, values: Mapping[str, Any], section: str = "") -> Any:
+Options = Mapping[str, Any] | ml_collections.ConfigDict
+
+
+def from_mapping(cls: type, values: Options, section: str = "") -> Any:
     """Builds a config dataclass from nested mappings, such as a ConfigDict or parsed JSON.
 
     Args:
@@ -116,6 +119,8 @@ def _from_plain(value: Any, hint: Any, path: str) -> Any:
     (kind, *_) = _alternatives(hint)
     if value is None or isinstance(value, enum.Enum) or dataclasses.is_dataclass(value):
         return value
+    if kind is float and type(value) is int:
+        return float(value)
     if dataclasses.is_dataclass(kind):
         _check_mapping(value, path)
         return from_mapping(kind, value, path)

@@ -39,13 +39,13 @@ def sample(
     Returns:
       Prompts and continuations, T = P + num_tokens.
     """
-    run = functools.partial(
-        _sample, num_tokens=num_tokens, temperature=temperature, config=config, choices=choices
+    return _sample(
+        params, prompts, key, temperature, num_tokens=num_tokens, config=config, choices=choices
     )
-    return jax.jit(run)(params, prompts, key)
 
 
-def _sample(params, prompts, key, *, num_tokens, temperature, config, choices):
+@functools.partial(jax.jit, static_argnames=("num_tokens", "config", "choices"))
+def _sample(params, prompts, key, temperature, *, num_tokens, config, choices):
     length = prompts.shape[1]
     tokens = jax.reshard(jnp.pad(prompts, ((0, 0), (0, num_tokens))), BATCH)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)

@@ -76,6 +76,6 @@ def _check_same_run(path: pathlib.Path, old: dict, new: dict) -> None:
     ]
     if changed:
         raise CheckpointMismatchError(
-            f"{path} was made with another configuration; choose another --workdir, or set back:\n  "
-            + "\n  ".join(changed)
+            f"{path} was made with another configuration; choose another --workdir, or set back:"
+            + "".join(f"\n  {line}" for line in changed)
         )

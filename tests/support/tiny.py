@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 import numpy as np
 
 from kimi_jax.configs.compute import ComputeConfig, ComputeDtype
-from kimi_jax.configs.data import DataConfig
+from kimi_jax.configs.data import DataConfig, SourceConfig, SourceKind
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.configs.optimizer import NewtonSchulzDtype, OptimizerConfig, ScheduleConfig
@@ -93,3 +94,32 @@ def host_batch(*, seed: int = 0, rows: int = NUM_ROWS) -> Batch:
 def batch(on: jax.sharding.Mesh, *, seed: int = 0, rows: int = NUM_ROWS) -> Batch:
     """Returns `host_batch` on a mesh."""
     return put_batch(host_batch(seed=seed, rows=rows), jax.NamedSharding(on, BATCH))
+
+
+BYTE_VOCABULARY = 260  # of a model for the tokenizer of bytes, 259
+
+
+def write_corpus(folder: pathlib.Path) -> None:
+    """Writes sixteen small documents, of which some are held out at a fraction of 0.3."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    words = ["matrix", "expert", "router", "token", "head", "clip", "muon", "scale", "norm"]
+    for number in range(16):
+        text = " ".join(random.choice(words, 60))
+        (folder / f"{number}.txt").write_text(text)
+
+
+def text_experiment(folder: pathlib.Path, **sections: dict) -> ExperimentConfig:
+    """Returns the tiny experiment on the documents of `folder / "corpus"`."""
+    data = {
+        "sources": {"text": SourceConfig(kind=SourceKind.TEXT, path=str(folder / "corpus"))},
+        "held_out_fraction": 0.3,
+        "cache_dir": str(folder / "cache"),
+    } | sections.pop("data", {})
+    model = {"vocab_size": BYTE_VOCABULARY} | sections.pop("model", {})
+    return experiment(data=data, model=model, **sections)
+
+
+def warm_up(num_steps: int) -> ScheduleConfig:
+    """Returns a schedule that needs at least `num_steps`."""
+    return ScheduleConfig(peak=1e-2, warmup_steps=num_steps)

@@ -1,5 +1,6 @@
 import pathlib
 import shutil
+import tempfile
 
 import chex
 import jax
@@ -49,7 +50,7 @@ def _save(folder, mesh, steps, keep=2):
 class CheckpointTest(absltest.TestCase):
     def setUp(self):
         super().setUp()
-        self.folder = pathlib.Path(self.create_tempdir().full_path)
+        self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def test_a_state_moves_between_meshes_bit_for_bit(self):
         meshes = [tiny.mesh(2, 4), tiny.mesh(2, 4), tiny.mesh(8, 1), tiny.mesh(1, 1)]
@@ -113,9 +114,11 @@ class CheckpointTest(absltest.TestCase):
         like = _like(mesh)
         short = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=like.step.sharding)
         for wrong in (like.replace(params=like.params.replace(final_norm=short)), _without(like)):
-            with Checkpointer(self.folder, keep=2) as checkpoints:
-                with self.assertRaisesRegex(CheckpointMismatchError, "checkpoint 2 in .* not fit"):
-                    checkpoints.restore(wrong)
+            with (
+                Checkpointer(self.folder, keep=2) as checkpoints,
+                self.assertRaisesRegex(CheckpointMismatchError, "checkpoint 2 in .* not fit"),
+            ):
+                checkpoints.restore(wrong)
 
 
 def _without(like):

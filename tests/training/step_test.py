@@ -2,14 +2,16 @@ import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl.testing import absltest, parameterized
 
 from kimi_jax.core.trees import leaf_names
 from kimi_jax.model import transformer
+from kimi_jax.parallel.placement import initialize
 from kimi_jax.training import step as steps
-from kimi_jax.training.state import initial_state
+from kimi_jax.training.state import abstract_state
 from tests.support import tiny
 
 # float32 sums in another order. Gradients: relative to the largest value of the leaf; measured
@@ -27,7 +29,7 @@ def recording(inner):
     """Keeps the gradients beside the optimizer's state, for the test to read."""
 
     def init(params):
-        return {**inner.init(params), "gradients": jax.tree.map(np.zeros_like, params)}
+        return {**inner.init(params), "gradients": jax.tree.map(jnp.zeros_like, params)}
 
     def update(gradients, state, params):
         state = {name: value for name, value in state.items() if name != "gradients"}
@@ -38,12 +40,20 @@ def recording(inner):
 
 
 @functools.cache
-def start():
-    """The state of step 0, on the host."""
-    config = tiny.experiment()
+def initial_parameters():
     with jax.set_mesh(tiny.mesh(1, 1)):
-        plan = transformer.specs(tiny.MODEL)
-        return jax.device_get(initial_state(config, plan, steps.make_optimizer(config, plan)))
+        key = jax.random.key(0)
+        return jax.device_get(
+            jax.jit(functools.partial(initialize, plan=transformer.specs(tiny.MODEL)))(key)
+        )
+
+
+def start(config, plan, mesh, transformation):
+    """The state of step 0: the same parameters on every mesh, and zeros."""
+    like = abstract_state(config, plan, transformation, mesh)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+    state = state.replace(params=initial_parameters())
+    return jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, like)
 
 
 @functools.cache
@@ -57,9 +67,7 @@ def first_step(data, expert, accumulation_steps):
     mesh = tiny.mesh(data, expert)
     with jax.set_mesh(mesh):
         transformation = recording(steps.make_optimizer(config, plan))
-        state = start().replace(optimizer=transformation.init(start().params))
-        layout = _layout(config, plan, mesh, transformation)
-        state = jax.tree.map(jax.device_put, state, layout)
+        state = start(config, plan, mesh, transformation)
         take = jax.jit(
             functools.partial(
                 steps.train_step, config=config, plan=plan, transformation=transformation
@@ -67,15 +75,9 @@ def first_step(data, expert, accumulation_steps):
             compiler_options=_QUICK,
         )
         after, metrics = take(state, tiny.batch(mesh))
-        take(after, tiny.batch(mesh, seed=1))
+        kept = {"gradients": state.optimizer["gradients"]}  # of the test, in the layout of before
+        take(after.replace(optimizer=after.optimizer | kept), tiny.batch(mesh, seed=1))
         return jax.device_get((after, metrics)), take._cache_size()
-
-
-def _layout(config, plan, mesh, transformation):
-    from kimi_jax.training.state import abstract_state
-
-    like = abstract_state(config, plan, transformation, mesh)
-    return jax.tree.map(lambda leaf: leaf.sharding, like)
 
 
 class StepTest(parameterized.TestCase):

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import tempfile
 
 from absl.testing import absltest, parameterized
 
@@ -11,7 +12,7 @@ from tests.support import tiny
 class WorkdirTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        self.folder = pathlib.Path(self.create_tempdir().full_path) / "run"
+        self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory())) / "run"
 
     def _files(self):
         return {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
