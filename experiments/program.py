@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from kimi_jax.configs import convert
 from kimi_jax.core.errors import ConfigError, KimiError, TrainingInterruptedError
@@ -18,10 +18,15 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         del argv
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # orbax tells the story of every file
         try:
             main()
         except TrainingInterruptedError as stop:
             print(stop, file=sys.stderr)
+            sys.exit(_INTERRUPTED)
+        except KeyboardInterrupt:
+            print("interrupted; what is written stays", file=sys.stderr)
             sys.exit(_INTERRUPTED)
         except KimiError as error:
             _fail(error)

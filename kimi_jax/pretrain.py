@@ -4,12 +4,14 @@ import json
 import os
 import pathlib
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kimi_jax.analysis.report import write_report
+from kimi_jax.analysis.run_log import read_run
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.core.param_spec import count_parameters
 from kimi_jax.core.rng import key_for
@@ -51,29 +53,40 @@ def pretrain(
     mesh = meshes.make_mesh(config.parallel, config.model.num_routed_experts)
     training = config.training
     meshes.check_batch(mesh, training.batch_sequences, training.accumulation_steps)
-    learning_rate_schedule(config.optimizer.schedule, training.num_steps)  # raises if it is too long
+    # Raises where the schedule does not fit into the run.
+    learning_rate_schedule(config.optimizer.schedule, training.num_steps)
     corpus = open_corpus(config.data)
     check_vocabulary(corpus.tokenizer, config.model.vocab_size)
-    held_out = held_out_batches(corpus, config.data, training.batch_sequences)
+    held_out = _held_out(config, corpus)
     print_banner(pathlib.Path(workdir).name, _sections(config, mesh, corpus, held_out))
     started = time.monotonic()
     with jax.set_mesh(mesh):
-        evaluate = HeldOutEvaluation(config, held_out, mesh)
+        evaluate = HeldOutEvaluation(config, held_out, mesh) if held_out else None
         state = train(config, workdir, corpus, mesh=mesh, evaluate=evaluate, resume=resume)
-        summary = _summary(config, mesh, held_out) | {
-            "seconds": time.monotonic() - started,
-            "bits_per_byte": evaluate(state.params)["eval/bits_per_byte"],
-            "sample": _sample(config, corpus, state),
-        }
+        summary = _summary(config, mesh, held_out)
+        summary["sample"] = _sample(config, corpus, state)
+        summary["seconds"] = time.monotonic() - started
+    if held_out is not None:
+        _, bits_per_byte = read_run(workdir).series("eval/bits_per_byte")
+        summary["bits_per_byte"] = bits_per_byte[-1]
     path = pathlib.Path(workdir) / SUMMARY_FILE
     path.write_text(json.dumps(summary, indent=2) + "\n")
     report = write_report(workdir)
-    print_banner("finished", {"held-out text": _result_rows(summary), "report": [(str(report),)]})
+    results = _baseline_rows(held_out)
+    if held_out is not None:
+        results.append(("held-out text: this model", f"{summary['bits_per_byte']:.4f} bits/byte"))
+    print_banner("finished", {"result": [*results, ("report", str(report))]})
     return report
 
 
+def _held_out(config: ExperimentConfig, corpus: Corpus) -> HeldOut | None:
+    if not config.data.held_out_fraction:
+        return None
+    return held_out_batches(corpus, config.data, config.training.batch_sequences)
+
+
 def _sections(
-    config: ExperimentConfig, mesh: jax.sharding.Mesh, corpus: Corpus, held_out: HeldOut
+    config: ExperimentConfig, mesh: jax.sharding.Mesh, corpus: Corpus, held_out: HeldOut | None
 ) -> dict[str, list[tuple[str, ...]]]:
     """Rows of the tables that open a run."""
     plan = transformer.specs(config.model)
@@ -90,27 +103,40 @@ def _sections(
             ("mesh", f"{axes} ({mesh.size} x {device.device_kind})"),
         ],
         "corpus": [(name, f"{value:,}") for name, value in corpus.statistics().items()]
-        + [
-            ("held-out entropy of bytes", f"{held_out.unigram_bits_per_byte:.4f} bits per byte"),
-            ("held-out gzip -9", f"{held_out.gzip_bits_per_byte:.4f} bits per byte"),
-        ],
+        + _baseline_rows(held_out),
         "optimizer": [(describe_labels(plan, config.optimizer),)],
     }
 
 
+def _baseline_rows(held_out: HeldOut | None) -> list[tuple[str, str]]:
+    """What other ways of predicting the held-out text come to."""
+    if held_out is None:
+        return []
+    return [
+        ("held-out text: entropy of its bytes", f"{held_out.unigram_bits_per_byte:.4f} bits/byte"),
+        ("held-out text: gzip -9", f"{held_out.gzip_bits_per_byte:.4f} bits/byte"),
+    ]
+
+
 def _summary(
-    config: ExperimentConfig, mesh: jax.sharding.Mesh, held_out: HeldOut
-) -> dict[str, float]:
-    return {
-        "unigram_bits_per_byte": held_out.unigram_bits_per_byte,
-        "gzip_bits_per_byte": held_out.gzip_bits_per_byte,
-        "held_out_bytes": held_out.num_bytes,
+    config: ExperimentConfig,
+    mesh: jax.sharding.Mesh,
+    held_out: HeldOut | None,
+) -> dict[str, Any]:
+    """What the report's table shows, by the names that `analysis.report` knows."""
+    summary = {
         "parameters": count_parameters(transformer.specs(config.model)),
         "active_parameters": accounting.active_parameters(config.model),
         "tokens": config.training.num_steps * config.batch_tokens,
         "devices": mesh.size,
-        "qk_clip_threshold": config.optimizer.qk_clip_threshold,
     }
+    if held_out is not None:
+        summary |= {
+            "unigram_bits_per_byte": held_out.unigram_bits_per_byte,
+            "gzip_bits_per_byte": held_out.gzip_bits_per_byte,
+            "held_out_bytes": held_out.num_bytes,
+        }
+    return summary
 
 
 def _sample(config: ExperimentConfig, corpus: Corpus, state: TrainState) -> dict[str, str] | None:
@@ -131,11 +157,3 @@ def _sample(config: ExperimentConfig, corpus: Corpus, state: TrainState) -> dict
     )
     text = corpus.tokenizer.decode(np.asarray(tokens)[0, 1:].tolist())
     return {"prompt": "", "text": text}
-
-
-def _result_rows(summary: dict[str, float]) -> list[tuple[str, str]]:
-    return [
-        ("this model", f"{summary['bits_per_byte']:.4f} bits per byte"),
-        ("entropy of bytes", f"{summary['unigram_bits_per_byte']:.4f}"),
-        ("gzip -9", f"{summary['gzip_bits_per_byte']:.4f}"),
-    ]

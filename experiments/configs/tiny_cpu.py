@@ -1,4 +1,4 @@
-"""Does the whole machine work? A tiny K2 learns the Python standard library on eight simulated devices.
+"""Does the whole machine work? A tiny K2 learns Python's library on eight simulated devices.
 
 python -m experiments.train --config=experiments/configs/tiny_cpu.py
 """
@@ -16,7 +16,7 @@ _VOCAB_SIZE = 2048
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the configuration; every option can be overridden with --config.path.to.option=value."""
+    """Returns the configuration; flags override options: --config.path.to.option=value."""
     return convert.to_config_dict(
         ExperimentConfig(
             model=presets.tiny(vocab_size=_VOCAB_SIZE),
@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
                 sequence_length=256,
             ),
             optimizer=OptimizerConfig(
-                schedule=ScheduleConfig(peak=4e-3, warmup_steps=20, decay_steps=150, final=4e-4)
+                schedule=ScheduleConfig(peak=1e-2, warmup_steps=20, decay_steps=150, final=1e-3)
             ),
             training=TrainingConfig(
                 num_steps=300, batch_sequences=16, eval_every=100, checkpoint_every=100

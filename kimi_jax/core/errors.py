@@ -27,6 +27,13 @@ class TrainingFailedError(KimiError):
 class TrainingInterruptedError(KimiError):
     """The run was asked to stop, and can be resumed."""
 
+    def __init__(self, steps_done: int, num_steps: int, signal: str, workdir: object):
+        """Says where the run stands; all steps done are in a checkpoint in `workdir`."""
+        super().__init__(
+            f"stopped by {signal} after step {steps_done} of {num_steps}, which is saved in "
+            f"{workdir}; the same command goes on from there"
+        )
+
 
 def require(condition: bool, message: str) -> None:
     """Raises `ConfigError(message)` unless `condition` holds."""

@@ -33,17 +33,17 @@ def train(
     corpus: Corpus,
     *,
     mesh: jax.sharding.Mesh,
-    evaluate: Evaluation,
+    evaluate: Evaluation | None,
     resume: bool = True,
 ) -> TrainState:
-    """Trains until `training.num_steps`, from the newest checkpoint in `workdir` where there is one.
+    """Trains until `training.num_steps`, from the newest checkpoint in `workdir`, if any.
 
     Args:
       config: the run.
       workdir: folder for `config.json`, metrics and checkpoints.
       corpus: the opened `config.data`.
       mesh: the devices; current (`jax.set_mesh`) while this runs.
-      evaluate: measures parameters on held-out text.
+      evaluate: measures parameters on held-out text; None where none is held out.
       resume: False refuses a folder that holds a run.
 
     Returns:
@@ -58,16 +58,16 @@ def train(
     meshes.check_batch(mesh, config.training.batch_sequences, config.training.accumulation_steps)
     plan = transformer.specs(config.model)
     workdir = workdirs.claim(workdir, config, resume=resume)
-    num_steps = config.training.num_steps
+    every, num_steps = config.training, config.training.num_steps
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            Checkpointer(workdir, keep=config.training.checkpoints_to_keep)
-        )
+        checkpoints = stack.enter_context(Checkpointer(workdir, keep=every.checkpoints_to_keep))
         batches = train_batches(corpus, config.data, config.training.batch_sequences)
+        stack.enter_context(contextlib.closing(batches))
         state = _resume_or_start(config, plan, mesh, checkpoints, batches)
         first_step = int(state.step)
         feed = DeviceFeed(batches, jax.NamedSharding(mesh, BATCH))
-        log = stack.enter_context(MetricLog(workdir, from_step=first_step))
+        log = MetricLog(workdir, from_step=first_step, lines_every=every.log_every)
+        stack.enter_context(log)
         progress = stack.enter_context(Progress(num_steps))
         stop = stack.enter_context(faults.StopRequest())
         train_step = compile_train_step(config, plan)
@@ -76,20 +76,19 @@ def train(
             state, metrics = train_step(state, next(feed))
             log.write(step, metrics)  # records the step before: the host never waits for this one
             log.write(step, throughput.tick(num_steps - step - 1))
-            if _due(step, config.training.eval_every) or step + 1 == num_steps:
+            faults.check(log.latest_step, log.latest)
+            last = step + 1 == num_steps
+            if evaluate is not None and (last or _due(step, every.eval_every)):
                 log.write(step, evaluate(state.params))
                 throughput.restart()
-            if _due(step, config.training.checkpoint_every) or step + 1 == num_steps or stop.signal:
+            stopped_by = stop.signal  # read once: another may arrive between saving and stopping
+            if last or stopped_by or _due(step, every.checkpoint_every):
                 log.flush()
                 faults.check(log.latest_step, log.latest)  # a broken state is never kept
                 checkpoints.save(state, feed.get_state())
-            faults.check(log.latest_step, log.latest)
             progress.update(log.latest_step, log.latest)
-            if stop.signal:
-                raise TrainingInterruptedError(
-                    f"stopped by {stop.signal} after step {step + 1} of {num_steps}, which is saved in "
-                    f"{workdir}; the same command goes on from there"
-                )
+            if stopped_by and not last:
+                raise TrainingInterruptedError(step + 1, num_steps, stopped_by, workdir)
     return state
 
 
