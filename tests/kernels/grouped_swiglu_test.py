@@ -72,11 +72,11 @@ class GroupedSwigluTest(parameterized.TestCase):
         for a, b in zip(actual, expected, strict=True):
             assert_close(a, b, tolerance)
 
-    def test_an_absent_assignment_changes_nothing_even_where_its_token_is_infinite(self):
+    def test_an_absent_assignment_changes_nothing_even_where_all_it_has_is_infinite(self):
         operands, _, d_y = _inputs(cases.TOY["odd_sizes"])
         ids = np.full((37, 3), 7)
         ids[0] = [0, 7, 1]
-        operands[0][1:] = np.inf
+        operands[0][1:], operands[4][1:], d_y[1:] = np.inf, np.inf, np.inf
         y, gradients = _run(operands, ids, d_y, jnp.float32)
         np.testing.assert_array_equal(y[1:], 0.0)
         np.testing.assert_array_equal(gradients[0][1:], 0.0)

@@ -116,12 +116,11 @@ def _forward(inputs: _Inputs, scale: float) -> tuple[Array, Array, Array]:
             _store(r, part, sequence, head) for r, part in zip(results, parts, strict=True)
         )
 
-    start = (
-        jnp.zeros(inputs.value.shape, inputs.value.dtype),
-        jnp.zeros((batch, num_positions, num_heads, 1), F32),
-        jnp.zeros((batch, num_positions, num_heads, 1), F32),
-    )
-    return jax.lax.fori_loop(0, batch * groups, attend_cell, start)
+    # Loops write float32: updating a bfloat16 array in place converts all of it, twice, each time.
+    column = jnp.zeros((batch, num_positions, num_heads, 1), F32)
+    start = (jnp.zeros(inputs.value.shape, F32), column, column)
+    out, largest, log_sum = jax.lax.fori_loop(0, batch * groups, attend_cell, start)
+    return out.astype(inputs.value.dtype), largest, log_sum
 
 
 def _heads_together(num_heads: int) -> int:
@@ -151,7 +150,7 @@ def _heads(x: Array, sequence: Array, head: Array, together: int) -> Array:
 
 def _store(x: Array, part: Array, sequence: Array, head: Array) -> Array:
     """Puts [n, T, X] where `_heads` took it from."""
-    part = part.transpose(1, 0, 2)[None].astype(x.dtype)
+    part = part.transpose(1, 0, 2)[None]
     return jax.lax.dynamic_update_slice(x, part, (sequence, 0, head, 0))
 
 
@@ -293,10 +292,10 @@ def _backward(inputs: _Inputs, out: Array, log_sum: Array, d_out: Array, scale: 
             _store(d_v, d_value, sequence, head),
         )
 
-    start = [jnp.zeros_like(x) for x in inputs[:5]]
-    start[3] = start[3].astype(F32)
-    grads = list(jax.lax.fori_loop(0, batch * groups, backward_cell, tuple(start)))
-    grads[3] = grads[3].astype(inputs.k_rope.dtype)
+    operands = inputs[:5]
+    start = tuple(jnp.zeros(x.shape, F32) for x in operands)
+    sums = jax.lax.fori_loop(0, batch * groups, backward_cell, start)
+    grads = (d_x.astype(x.dtype) for d_x, x in zip(sums, operands, strict=True))
     return _Inputs(*grads, None)
 
 
