@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from kimi_jax.model.experts import ExpertParams
 
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.model.block import BlockParams
+from kimi_jax.model.experts import ExpertParams
 from kimi_jax.model.feed_forward import FeedForwardParams
 from kimi_jax.model.mla import MlaParams
 from kimi_jax.model.moe import MoeParams

@@ -9,9 +9,8 @@ The shape of the program is made for XLA on CPUs, by measurement:
 * One product is too small for two cores to share, a batched product runs its members one after the
   other, and independent loops do not overlap; but independent products of one loop body do. So
   several heads are written out in each body.
-* Contracting the first dimension of a large left operand halves the speed. So the forward pass has
-  logits as [queries, keys], the backward pass as [keys, queries], and the gradient of the queries
-  is summed transposed.
+* Contracting the first dimension of a large left operand halves the speed. So logits are [queries,
+  keys] forward, [keys, queries] backward, and the queries' gradient is summed transposed.
 """
 
 import functools
@@ -23,8 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels.products import dot
 
-# Measured forward and backward with 8 heads of 48 + 32 on two cores, milliseconds: strips of 256
-# positions 42, 128 43, 64 27; 8 heads together are not faster than 4 and compile 1.5 times as long.
+# Measured with 8 heads of 48 + 32: shorter strips are faster, and 8 heads together are not.
 BLOCK = 256  # positions: at most this many queries and keys meet at a time
 DIAGONAL_STEP = 64  # positions: a block meets itself in strips, each up to the diagonal only
 HEADS_TOGETHER = 4  # heads written out in one loop body
