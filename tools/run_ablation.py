@@ -192,20 +192,23 @@ def draw_stability(logs: dict[str, RunLog], tau: float, out: pathlib.Path) -> No
 def describe_stability(log: RunLog, tau: float) -> dict[str, float]:
     """Returns what one run says about logits and spikes.
 
-    A step's maximum is that of the weights which the step before left, so that a head at tau can
-    pass it by what one update adds; the clip then takes it back. `overshoot` is the largest such
-    excess as a share of tau. `spike` is the largest rise of the training loss, averaged over
-    10 steps, above its lowest value so far, in nats.
+    A step's maximum is that of weights which the step before it clipped, by what it had measured
+    itself. What passes tau is therefore the work of one update and of another batch, and the next
+    clip takes it back. `overshoot` is the largest such excess as a share of tau, `median_logit` the
+    median of the maxima since tau was first passed. `spike` is the largest rise of the training
+    loss, averaged over 10 steps, above its lowest value so far, in nats.
     """
     _, logits = log.series("qk_clip/max_logit")
     _, losses = log.series("loss/train")
     window = np.ones(_SPIKE_WINDOW) / _SPIKE_WINDOW
     smooth = np.convolve(losses, window, mode="valid")
+    above = logits > tau
+    since = logits[np.argmax(above) :] if above.any() else logits
     return {
         "max_logit": float(np.max(logits)),
-        "last_max_logit": float(logits[-1]),
+        "median_logit": float(np.median(since)),
         "overshoot": float(np.max(logits) / tau - 1),
-        "steps_above_tau": float(np.mean(logits > tau)),
+        "steps_above_tau": float(np.mean(above)),
         "spike": float(np.max(smooth - np.minimum.accumulate(smooth))),
         "eval_loss": final_loss(log),
     }

@@ -7,6 +7,10 @@ runs it without the clip and with it. tau is 30, that of K2's own ablation at sm
 (arXiv 2507.20534, appendix D); K2 itself trained with 100. One run of it alone:
 
 python -m experiments.train --config=experiments/configs/ablations/stability.py
+
+On two processor cores about two minutes a seed. Expected with seed 0: the largest logit reaches 99
+without the clip and 40 with it, its median since it first passed tau is 56 and 29; the loss ends at
+4.13 in both and has no spike (November 2026).
 """
 
 import dataclasses
