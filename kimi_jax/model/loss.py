@@ -8,11 +8,28 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import ComputeConfig
 from kimi_jax.configs.model import ModelConfig
+from kimi_jax.data.batches import Batch
 from kimi_jax.model import transformer
 from kimi_jax.model.linear import project
+from kimi_jax.model.stats import ModelStats
 from kimi_jax.parallel.per_shard import per_shard
 from kimi_jax.parallel.placement import to_compute
 from kimi_jax.parallel.rules import BATCH, REPLICATED
+
+
+def batch_losses(
+    params: transformer.TransformerParams,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    choices: ComputeConfig,
+) -> tuple[Float[Array, "B T"], ModelStats]:
+    """Returns the loss of every position of packed rows, unweighted, and the statistics."""
+    hidden, stats = transformer.forward(
+        params, batch.inputs, batch.positions, batch.segments, config=config, choices=choices
+    )
+    losses = token_losses(params, hidden, batch.targets, config=config, choices=choices)
+    return losses, stats
 
 
 @jax.named_scope("loss")

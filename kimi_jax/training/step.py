@@ -86,16 +86,8 @@ def batch_share_of_loss(
     sum(weight * -log p) / total_weight, the weight of the whole batch, plus alpha times the mean of
     the balance losses over the batch's sequences and layers.
     """
-    hidden, stats = transformer.forward(
-        params,
-        micro_batch.inputs,
-        micro_batch.positions,
-        micro_batch.segments,
-        config=config.model,
-        choices=config.compute,
-    )
-    losses = loss.token_losses(
-        params, hidden, micro_batch.targets, config=config.model, choices=config.compute
+    losses, stats = loss.batch_losses(
+        params, micro_batch, config=config.model, choices=config.compute
     )
     cross_entropy = jnp.sum(losses * micro_batch.weights) / total_weight
     parts = {"loss/train": cross_entropy}
