@@ -10,12 +10,11 @@ import pytest
 from absl.testing import absltest
 
 _ROOT = pathlib.Path(__file__).parents[2]
-# Measured at this size: BUILD_NOTES.md has the figures, and what larger budgets change. The goal
-# is 0.65, which this budget is too small for.
-_TOKENS = 655_360
+_TOKENS = 655_360  # of a whole run
+# The goal is 0.65 and is not reached: BUILD_NOTES.md has 0.66 to 0.69, by seed. This holds what is.
 _SHARE_NEEDED = 0.75
 # A maximum is that of weights clipped one update earlier: at this learning rate one update, and
-# another batch, add up to a third. K2's rate is 300 times lower.
+# another batch, add up to a third. K2's rate is 320 times lower.
 _OVERSHOOT = 0.4
 _SPIKE_NATS = 0.3  # smoothed losses of successive batches differ by 0.2
 _NOISE_NATS = 0.05  # between seeds
