@@ -8,9 +8,9 @@ rates with other seeds. One run of it alone:
 
 python -m experiments.train --config=experiments/configs/ablations/optimizers.py
 
-A run took one to three minutes on two busy processor cores. Expected: the best rates are 4e-3 for AdamW and
-16e-3 for MuonClip, which needs 66 % to 69 % of AdamW's tokens, by seed; the goal of 65 % is not
-reached (November 2026).
+A run took one to three minutes on two busy processor cores. Expected: the best rates are 4e-3 for
+AdamW and 16e-3 for MuonClip, which needs 66 % to 69 % of AdamW's tokens, by seed; the goal of 65 %
+is not reached (November 2026).
 """
 
 import ml_collections

@@ -8,9 +8,9 @@ runs it without the clip and with it. tau is 30, that of K2's own ablation at sm
 
 python -m experiments.train --config=experiments/configs/ablations/stability.py
 
-Both runs took seven minutes on two busy processor cores. Expected with seed 0: the largest logit reaches 99
-without the clip and 40 with it, its median since it first passed tau is 56 and 29; the loss ends at
-4.13 in both and has no spike (November 2026).
+Both runs took seven minutes on two busy processor cores. Expected with seed 0: the largest logit
+reaches 99 without the clip and 40 with it, its median since it first passed tau is 56 and 29; the
+loss ends at 4.13 in both and has no spike (November 2026).
 """
 
 import dataclasses
