@@ -4,14 +4,18 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
+from kimi_jax.configs import convert
 from kimi_jax.core.errors import CheckpointMismatchError
+from kimi_jax.core.trees import leaf_names
 from kimi_jax.training.state import TrainState
 
 CHECKPOINT_FOLDER = "checkpoints"
 _STATE = "state"
 _DATA = "data"
+_MOST_DIFFERENCES = 10  # named in an error
 
 
 class Checkpointer:
@@ -30,7 +34,8 @@ class Checkpointer:
         """
         folder = pathlib.Path(workdir).absolute() / CHECKPOINT_FOLDER
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder, options=options, item_names=(_STATE, _DATA))
+        handlers = {_STATE: ocp.StandardCheckpointHandler(), _DATA: ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -69,16 +74,24 @@ class Checkpointer:
           CheckpointMismatchError: the checkpoint holds other leaves or shapes.
         """
         step = self.latest_step
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError) as error:
+        saved = _shapes(self._manager.item_metadata(step)[_STATE].tree)
+        wrong = convert.differences(saved, _shapes(like))
+        if wrong:
             raise CheckpointMismatchError(
-                f"checkpoint {step} in {self._manager.directory} does not fit this configuration: "
-                f"{error}"
-            ) from error
+                f"checkpoint {step} in {self._manager.directory} holds other arrays than this "
+                "configuration needs:\n  " + "\n  ".join(wrong[:_MOST_DIFFERENCES])
+            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+            ),
+        )
         return restored[_STATE], restored[_DATA]
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by dotted names, of arrays or of what describes them."""
+    names = jax.tree.leaves(leaf_names(tree))
+    shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(tree)]
+    return dict(zip(names, shapes, strict=True))

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
+from contextlib import closing
 
 import jax
 
@@ -60,18 +61,16 @@ def train(
     workdir = workdirs.claim(workdir, config, resume=resume)
     every, num_steps = config.training, config.training.num_steps
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpointer(workdir, keep=every.checkpoints_to_keep))
-        batches = train_batches(corpus, config.data, config.training.batch_sequences)
-        stack.enter_context(contextlib.closing(batches))
+        enter = stack.enter_context
+        checkpoints = enter(Checkpointer(workdir, keep=every.checkpoints_to_keep))
+        batches = enter(closing(train_batches(corpus, config.data, every.batch_sequences)))
         state = _resume_or_start(config, plan, mesh, checkpoints, batches)
         first_step = int(state.step)
         feed = DeviceFeed(batches, jax.NamedSharding(mesh, BATCH))
-        log = MetricLog(workdir, from_step=first_step, lines_every=every.log_every)
-        stack.enter_context(log)
-        progress = stack.enter_context(Progress(num_steps))
-        stop = stack.enter_context(faults.StopRequest())
-        train_step = compile_train_step(config, plan)
-        throughput = Throughput(config)
+        log = enter(MetricLog(workdir, from_step=first_step, lines_every=every.log_every))
+        progress = enter(Progress(num_steps))
+        stop = enter(faults.StopRequest())
+        train_step, throughput = compile_train_step(config, plan), Throughput(config)
         for step in range(first_step, num_steps):
             state, metrics = train_step(state, next(feed))
             log.write(step, metrics)  # records the step before: the host never waits for this one
@@ -83,9 +82,7 @@ def train(
                 throughput.restart()
             stopped_by = stop.signal  # read once: another may arrive between saving and stopping
             if last or stopped_by or _due(step, every.checkpoint_every):
-                log.flush()
-                faults.check(log.latest_step, log.latest)  # a broken state is never kept
-                checkpoints.save(state, feed.get_state())
+                _save(checkpoints, state, feed, log)
             progress.update(log.latest_step, log.latest)
             if stopped_by and not last:
                 raise TrainingInterruptedError(step + 1, num_steps, stopped_by, workdir)
@@ -107,6 +104,13 @@ def _resume_or_start(
     state, cursor = checkpoints.restore(like)
     batches.set_state(cursor)
     return state
+
+
+def _save(checkpoints: Checkpointer, state: TrainState, feed: DeviceFeed, log: MetricLog) -> None:
+    """Saves the state, unless its step's metrics say that it is broken."""
+    log.flush()
+    faults.check(log.latest_step, log.latest)
+    checkpoints.save(state, feed.get_state())
 
 
 def _due(step: int, every: int | None) -> bool:
