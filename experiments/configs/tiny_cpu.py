@@ -25,10 +25,10 @@ def get_config() -> ml_collections.ConfigDict:
                 sequence_length=256,
             ),
             optimizer=OptimizerConfig(
-                schedule=ScheduleConfig(peak=1e-2, warmup_steps=20, decay_steps=150, final=1e-3)
+                schedule=ScheduleConfig(peak=1e-2, warmup_steps=20, decay_steps=120, final=1e-3)
             ),
             training=TrainingConfig(
-                num_steps=300, batch_sequences=16, eval_every=100, checkpoint_every=100
+                num_steps=220, batch_sequences=16, eval_every=55, checkpoint_every=55
             ),
             parallel=ParallelConfig(simulated_devices=8),
         )
