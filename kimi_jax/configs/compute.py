@@ -17,7 +17,7 @@ class Remat(enum.Enum):
     """What the backward pass recomputes, layer by layer."""
 
     NONE = "none"  # nothing: every intermediate value is kept
-    K2 = "k2"  # norms, SwiGLU and the MLA up-projections (arXiv 2507.20534, section 2.4)
+    K2 = "k2"  # all but the latents (after arXiv 2507.20534, section 2.4, which keeps more)
     FULL = "full"  # everything but the layer's input
 
 

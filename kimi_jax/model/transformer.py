@@ -17,9 +17,9 @@ from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
 from kimi_jax.parallel.placement import to_compute
 from kimi_jax.parallel.rules import BATCH
 
-# What Remat.K2 keeps of a layer; norms, SwiGLU and the up-projections from the latents are
-# recomputed.
-_KEPT_BY_K2 = ("q_latent", "kv_latent", "k_rope", "attention_out", "attention_lse", "expert_hidden")
+# What Remat.K2 keeps of a layer beside its input. K2 recomputes norms, SwiGLU and the up-projections
+# from the latents; here attention and the experts are recomputed with them.
+_KEPT_BY_K2 = ("q_latent", "kv_latent", "k_rope")
 
 
 @struct.dataclass
