@@ -17,8 +17,8 @@ from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
 from kimi_jax.parallel.placement import to_compute
 from kimi_jax.parallel.rules import BATCH
 
-# What Remat.K2 keeps of a layer beside its input. K2 recomputes norms, SwiGLU and the up-projections
-# from the latents; here attention and the experts are recomputed with them.
+# What Remat.K2 keeps of a layer beside its input. K2 recomputes norms, SwiGLU and the latents'
+# up-projections; here attention and the experts are recomputed with them.
 _KEPT_BY_K2 = ("q_latent", "kv_latent", "k_rope")
 
 
