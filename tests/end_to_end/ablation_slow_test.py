@@ -11,11 +11,8 @@ from absl.testing import absltest
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _TOKENS = 655_360  # of a whole run
-# The goal is 0.65 and is not reached: BUILD_NOTES.md has 0.66 to 0.69, by seed. This holds what is.
-_SHARE_NEEDED = 0.75
-# A maximum is that of weights clipped one update earlier: at this learning rate one update, and
-# another batch, add up to a third. K2's rate is 320 times lower.
-_OVERSHOOT = 0.4
+# The goal. It is not reached: BUILD_NOTES.md has 0.66 to 0.69, by seed, and so this test fails.
+_SHARE_NEEDED = 0.65
 _SPIKE_NATS = 0.3  # smoothed losses of successive batches differ by 0.2
 _NOISE_NATS = 0.05  # between seeds
 
@@ -36,15 +33,15 @@ class AblationSlowTest(absltest.TestCase):
         for row in results["seeds"]:
             self.assertLess(row["muon_clip"]["1.0"], row["adamw"] - _NOISE_NATS, row)
             self.assertIsNotNone(row["share_needed"], row)
-            self.assertLess(row["share_needed"], _SHARE_NEEDED, row)
+            self.assertLessEqual(row["share_needed"], _SHARE_NEEDED, row)
 
     def test_qk_clip_holds_the_logits_that_plain_muon_lets_grow(self):
         results = _measure("stability", "--seeds", "0")
         plain, clip = results["runs"]
         self.assertGreater(plain["max_logit"], 2 * results["tau"])
         self.assertGreater(plain["median_logit"], results["tau"])
-        self.assertLess(clip["median_logit"], 1.05 * results["tau"])
-        self.assertLess(clip["overshoot"], _OVERSHOOT)
+        # Fails: a maximum is that of weights clipped one update earlier; see BUILD_NOTES.md.
+        self.assertLessEqual(clip["max_logit"], results["tau"])
         self.assertLess(clip["spike"], _SPIKE_NATS)
         self.assertLess(clip["eval_loss"], plain["eval_loss"] + _NOISE_NATS)
 
