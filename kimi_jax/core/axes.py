@@ -17,5 +17,3 @@ Q_LATENT = "q_latent"  # Q: query latent
 KV_LATENT = "kv_latent"  # C: key-value latent
 FFN = "ffn"  # F: width of a dense feed-forward layer
 EXPERT_FFN = "expert_ffn"  # M: width inside an expert
-
-BATCH_AXES = (LAYERS, EXPERTS)  # along these a leaf is a stack of independent weights
