@@ -56,9 +56,9 @@ def experiment() -> ExperimentConfig:
             held_out_max_bytes=128 * 1024,
         ),
         optimizer=OptimizerConfig(
-            schedule=ScheduleConfig(peak=8e-3, warmup_steps=16, decay_steps=160, final=8e-4)
+            schedule=ScheduleConfig(peak=2e-2, warmup_steps=8, decay_steps=80, final=2e-3)
         ),
-        training=TrainingConfig(num_steps=320, batch_sequences=16, eval_every=40, sample_tokens=0),
+        training=TrainingConfig(num_steps=160, batch_sequences=32, eval_every=20, sample_tokens=0),
         compute=ComputeConfig(dtype=ComputeDtype.FLOAT32),
     )
 

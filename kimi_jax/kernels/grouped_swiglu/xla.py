@@ -6,7 +6,8 @@ work follows the assignments that have an expert here. The backward pass is the 
 gate and up products are kept for it, in sorted order; `jax.checkpoint` drops them, too.
 
 More than one tile is written out in a loop body because XLA on CPUs runs independent products of
-one body at the same time, while the product of one tile is too small for two cores to share.
+one body at the same time, while the product of one tile is too small for two cores to share. Gate
+and up matrices are put side by side, since one wide product takes less time than two.
 """
 
 from typing import NamedTuple
@@ -22,15 +23,14 @@ from kimi_jax.kernels.products import dot
 # Measured on two cores with 512 and with 256 rows an expert: smaller tiles multiply slower, larger
 # ones and more of them compute more empty rows.
 TILE_ROWS = 192  # rows of one expert multiplied at a time
-TILES_TOGETHER = 2  # tiles written out in one loop body
+TILES_TOGETHER = 3  # tiles written out in one loop body
 
 F32 = jnp.float32
 
 
 class _Operands(NamedTuple):
     x: Array  # [W, D]
-    w_gate: Array  # [E, D, M]
-    w_up: Array  # [E, D, M]
+    w_gate_up: Array  # [E, D, 2M]
     w_down: Array  # [E, M, D]
     weights: Array  # [W, K]
 
@@ -50,22 +50,14 @@ class _Tile(NamedTuple):
     x: Array  # [rows, D]
     weight: Array  # [rows, 1]
     own: Array  # [rows, 1], whether the row belongs to the tile
-    w_gate: Array  # [D, M]
-    w_up: Array  # [D, M]
+    w_gate_up: Array  # [D, 2M]
     w_down: Array  # [M, D]
-
-
-class _Products(NamedTuple):
-    """What the forward pass keeps, float32; rows that no tile owns are arbitrary."""
-
-    gate: Array  # [A + TILE_ROWS, M], sorted rows times w_gate
-    up: Array  # [A + TILE_ROWS, M]
 
 
 class _TileGradients(NamedTuple):
     x: Array  # [rows, D]
     weight: Array  # [rows]
-    matrices: tuple[Array, Array, Array]  # of w_gate, w_up and w_down
+    matrices: tuple[Array, Array]  # of w_gate_up and w_down
 
 
 @jax.custom_vjp
@@ -95,11 +87,12 @@ def grouped_swiglu(
     weights: Float[Array, "W K"],
 ) -> Float[Array, "W D"]:
     """Computes what the package's `grouped_swiglu` describes."""
-    return _experts(_Operands(x, w_gate, w_up, w_down, weights), expert_ids)
+    w_gate_up = jnp.concatenate([w_gate, w_up], axis=2)
+    return _experts(_Operands(x, w_gate_up, w_down, weights), expert_ids)
 
 
 def _plan(operands: _Operands, expert_ids: Array) -> _Plan:
-    num_experts = operands.w_gate.shape[0]
+    num_experts = operands.w_down.shape[0]
     held_here = (expert_ids >= 0) & (expert_ids < num_experts)
     expert = jnp.where(held_here, expert_ids, num_experts).reshape(-1)
     sizes = jnp.sum(expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
@@ -141,8 +134,7 @@ def _load(operands: _Operands, plan: _Plan, index: Array) -> _Tile:
         x=jnp.where(own, operands.x[token], 0),
         weight=jnp.where(own, operands.weights.reshape(-1, 1)[slot].astype(F32), 0.0),
         own=own,
-        w_gate=operands.w_gate[expert],
-        w_up=operands.w_up[expert],
+        w_gate_up=operands.w_gate_up[expert],
         w_down=operands.w_down[expert],
     )
 
@@ -151,34 +143,40 @@ def _add_rows(x: Array, rows: Array, at: Array) -> Array:
     return x.at[at].add(rows, mode="promise_in_bounds")
 
 
-def _forward(operands: _Operands, plan: _Plan) -> tuple[Array, _Products]:
+def _forward(operands: _Operands, plan: _Plan) -> tuple[Array, Array]:
+    """Returns the sums, and sorted rows times w_gate_up, [A + TILE_ROWS, 2M], float32.
+
+    Rows of the products that no tile owns are arbitrary.
+    """
+
     def body(i, results):
         y, products = results
         loaded = [_load(operands, plan, index) for index in _indices(i)]
         parts = [_tile_forward(tile) for tile in loaded]
         for index, tile, (part, new) in zip(_indices(i), loaded, parts, strict=True):
             y = _add_rows(y, part, tile.token)
-            start = plan.tiles.start[index]
-            products = jax.tree.map(lambda a, rows, at=start: tiles.put(a, rows, at), products, new)
+            products = tiles.put(products, new, plan.tiles.start[index])
         return y, products
 
-    kept = jnp.zeros((plan.slot.size, operands.w_gate.shape[2]), F32)
-    start = (jnp.zeros(operands.x.shape, F32), _Products(kept, kept))
+    products = jnp.zeros((plan.slot.size, operands.w_gate_up.shape[2]), F32)
+    start = (jnp.zeros(operands.x.shape, F32), products)
     y, products = jax.lax.fori_loop(0, _num_bodies(plan), body, start)
     return y.astype(operands.x.dtype), products
 
 
-def _tile_forward(tile: _Tile) -> tuple[Array, _Products]:
-    gate, up = dot(tile.x, tile.w_gate, 1, 0), dot(tile.x, tile.w_up, 1, 0)
+def _tile_forward(tile: _Tile) -> tuple[Array, Array]:
+    products = dot(tile.x, tile.w_gate_up, 1, 0)
+    gate, up = jnp.split(products, 2, axis=1)
     hidden = jax.nn.silu(gate) * up * tile.weight
-    return dot(hidden.astype(tile.x.dtype), tile.w_down, 1, 0), _Products(gate, up)
+    return dot(hidden.astype(tile.x.dtype), tile.w_down, 1, 0), products
 
 
-def _backward(operands: _Operands, plan: _Plan, products: _Products, d_y: Array) -> _Operands:
+def _backward(operands: _Operands, plan: _Plan, products: Array, d_y: Array) -> _Operands:
     def body(i, sums):
         d_x, d_weights, totals, d_matrices = sums
         loaded = [_load(operands, plan, index) for index in _indices(i)]
-        kept = [_products_of_tile(products, plan, index) for index in _indices(i)]
+        starts = [plan.tiles.start[index] for index in _indices(i)]
+        kept = [tiles.take(products, start, TILE_ROWS) for start in starts]
         parts = [_tile_backward(tile, rows, d_y) for tile, rows in zip(loaded, kept, strict=True)]
         for index, tile, part in zip(_indices(i), loaded, parts, strict=True):
             d_x = _add_rows(d_x, part.x, tile.token)
@@ -195,7 +193,7 @@ def _backward(operands: _Operands, plan: _Plan, products: _Products, d_y: Array)
             ]
         return d_x, d_weights, totals, d_matrices
 
-    matrices = operands[1:4]
+    matrices = (operands.w_gate_up, operands.w_down)
     start = (
         jnp.zeros(operands.x.shape, F32),
         jnp.zeros(operands.weights.size, F32),
@@ -207,29 +205,21 @@ def _backward(operands: _Operands, plan: _Plan, products: _Products, d_y: Array)
     return jax.tree.map(lambda grad, operand: grad.astype(operand.dtype), grads, operands)
 
 
-def _products_of_tile(products: _Products, plan: _Plan, index: Array) -> _Products:
-    start = plan.tiles.start[index]
-    return _Products(*(tiles.take(a, start, TILE_ROWS) for a in products))
-
-
-def _tile_backward(tile: _Tile, products: _Products, d_y: Array) -> _TileGradients:
+def _tile_backward(tile: _Tile, products: Array, d_y: Array) -> _TileGradients:
     """Returns the gradients of a tile's operands, float32."""
     dtype = tile.x.dtype
     d_rows = jnp.where(tile.own, d_y[tile.token], 0)
-    gate, up = (jnp.where(tile.own, rows, 0.0) for rows in products)
+    gate, up = jnp.split(jnp.where(tile.own, products, 0.0), 2, axis=1)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     d_weighted = dot(d_rows, tile.w_down, 1, 1)
     d_hidden = d_weighted * tile.weight
-    d_up = (d_hidden * silu).astype(dtype)
-    d_gate = (d_hidden * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).astype(dtype)
+    d_up = d_hidden * silu
+    d_gate = d_hidden * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    d_gate_up = jnp.concatenate([d_gate, d_up], axis=1).astype(dtype)
     weighted = (silu * up * tile.weight).astype(dtype)
     return _TileGradients(
-        x=dot(d_gate, tile.w_gate, 1, 1) + dot(d_up, tile.w_up, 1, 1),
+        x=dot(d_gate_up, tile.w_gate_up, 1, 1),
         weight=jnp.sum(d_weighted * silu * up, axis=1),
-        matrices=(
-            dot(tile.x, d_gate, 0, 0),
-            dot(tile.x, d_up, 0, 0),
-            dot(weighted, d_rows, 0, 0),
-        ),
+        matrices=(dot(tile.x, d_gate_up, 0, 0), dot(weighted, d_rows, 0, 0)),
     )

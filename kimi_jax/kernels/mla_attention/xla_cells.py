@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-# Measured with 8 heads of 48 + 32: shorter strips are faster, and 8 heads together are not.
+# Measured with 8 heads of 48 + 32: shorter strips waste less work and need more programs, and more
+# heads give the cores more to do at a time; both take longer to compile.
 BLOCK = 256  # positions: at most this many queries and keys meet at a time
-DIAGONAL_STEP = 64  # positions: a block meets itself in strips, each up to the diagonal only
-HEADS_TOGETHER = 4  # heads written out in one loop body
+DIAGONAL_STEP = 128  # positions: a block meets itself in strips, each up to the diagonal only
+HEADS_TOGETHER = 8  # heads written out in one loop body
 MASKED = -1e30  # logit of a masked pair; finite, so that differences of two are numbers
 
 F32 = jnp.float32
