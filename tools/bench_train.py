@@ -108,8 +108,8 @@ def run_case(case: Case, started: float) -> dict[str, float]:
     mesh = meshes.make_mesh(config.parallel, config.model.num_routed_experts)
     with jax.set_mesh(mesh):
         plan = transformer.specs(config.model)
+        step = compile_train_step(config, plan, mesh)
         state = initial_state(config, plan, make_optimizer(config, plan))
-        step = compile_train_step(config, plan)
         batch = random_batch(mesh)
         seconds = []
         for index in range(1 + WARM_STEPS + TIMED_STEPS):

@@ -1,5 +1,6 @@
 """What the model trains on at one step."""
 
+import jax
 import numpy as np
 from flax import struct
 
@@ -18,6 +19,14 @@ class Batch:
     segments: Leaf  # [B, T] int32, 1, 2, ... for the documents of a row; 0 where it is padded
     positions: Leaf  # [B, T] int32, from 0 at the start of each document and of each row
     weights: Leaf  # [B, T] float32, 1 where the target belongs to the input's document, else 0
+
+
+def abstract_batch(num_rows: int, num_positions: int, sharding: jax.sharding.Sharding) -> Batch:
+    """Returns shapes, dtypes and layout of a batch, without its values."""
+    shape = (num_rows, num_positions)
+    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+    weights = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+    return Batch(inputs=ids, targets=ids, segments=ids, positions=ids, weights=weights)
 
 
 FIELDS = ("inputs", "targets", "segments", "positions", "weights")

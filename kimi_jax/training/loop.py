@@ -60,6 +60,7 @@ def train(
     plan = transformer.specs(config.model)
     workdir = workdirs.claim(workdir, config, resume=resume)
     every, num_steps = config.training, config.training.num_steps
+    train_step = compile_train_step(config, plan, mesh)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         checkpoints = enter(Checkpointer(workdir, keep=every.checkpoints_to_keep))
@@ -69,8 +70,7 @@ def train(
         feed = DeviceFeed(batches, jax.NamedSharding(mesh, BATCH))
         log = enter(MetricLog(workdir, from_step=first_step, lines_every=every.log_every))
         progress = enter(Progress(num_steps))
-        stop = enter(faults.StopRequest())
-        train_step, throughput = compile_train_step(config, plan), Throughput(config)
+        stop, throughput = enter(faults.StopRequest()), Throughput(config)
         for step in range(first_step, num_steps):
             state, metrics = train_step(state, next(feed))
             log.write(step, metrics)  # records the step before: the host never waits for this one

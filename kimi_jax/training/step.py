@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -9,13 +11,14 @@ import jax.numpy as jnp
 import optax
 
 from kimi_jax.configs.experiment import ExperimentConfig
-from kimi_jax.data.batches import Batch
+from kimi_jax.data.batches import Batch, abstract_batch
 from kimi_jax.model import loss, transformer
 from kimi_jax.model.stats import ModelStats
 from kimi_jax.optimizers import load_balance, muon_clip, qk_clip
 from kimi_jax.optimizers.schedules import learning_rate_schedule
+from kimi_jax.parallel.rules import BATCH
 from kimi_jax.training.accumulate import accumulate, split_micro_batches
-from kimi_jax.training.state import TrainState
+from kimi_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
 
@@ -25,11 +28,37 @@ def make_optimizer(config: ExperimentConfig, plan: Any) -> optax.GradientTransfo
     return muon_clip.muon_clip(config.optimizer, plan, config.training.num_steps)
 
 
-def compile_train_step(config: ExperimentConfig, plan: Any) -> Any:
-    """Returns the jitted `(state, batch) -> (state, metrics)`; the old state is given up."""
+def compile_train_step(
+    config: ExperimentConfig, plan: Any, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compiles `train_step` in a thread of its own, beside whatever the caller does meanwhile.
+
+    Args:
+      config: the run.
+      plan: specs of the parameters.
+      mesh: the devices.
+
+    Returns:
+      `(state, batch) -> (state, metrics)`, which gives up the old state. Its first call waits for
+      the compiler, and raises what the compiler raised.
+    """
     transformation = make_optimizer(config, plan)
     step = functools.partial(train_step, config=config, plan=plan, transformation=transformation)
-    return jax.jit(step, donate_argnums=0)
+    state = abstract_state(config, plan, transformation, mesh)
+    batch = abstract_batch(
+        config.training.batch_sequences,
+        config.data.sequence_length,
+        jax.NamedSharding(mesh, BATCH),
+    )
+
+    def compile_for_shapes():
+        with jax.set_mesh(mesh):  # each thread has its own
+            return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+
+    compiler = ThreadPoolExecutor(1, thread_name_prefix="compile_train_step")
+    compiled = compiler.submit(compile_for_shapes)
+    compiler.shutdown(wait=False)
+    return lambda state, batch: compiled.result()(state, batch)
 
 
 @jax.named_scope("train_step")

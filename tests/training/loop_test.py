@@ -93,7 +93,7 @@ class LoopTest(parameterized.TestCase):
     def _train(self, step, config=None, **options):
         config = config or self._config()
         corpus = open_corpus(config.data)
-        with mock.patch.object(loop, "compile_train_step", lambda config, plan: step):
+        with mock.patch.object(loop, "compile_train_step", lambda config, plan, mesh: step):
             return loop.train(
                 config, self.workdir, corpus, mesh=self.mesh, evaluate=_evaluate, **options
             )

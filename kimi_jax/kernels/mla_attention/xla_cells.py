@@ -11,7 +11,7 @@ from jaxtyping import Array
 # heads give the cores more to do at a time; both take longer to compile.
 BLOCK = 256  # positions: at most this many queries and keys meet at a time
 DIAGONAL_STEP = 128  # positions: a block meets itself in strips, each up to the diagonal only
-HEADS_TOGETHER = 8  # heads written out in one loop body
+HEADS_TOGETHER = 4  # heads written out in one loop body
 MASKED = -1e30  # logit of a masked pair; finite, so that differences of two are numbers
 
 F32 = jnp.float32
