@@ -28,8 +28,12 @@ _PEAK = 6.4e-2
 
 def experiment() -> ExperimentConfig:
     """Returns the run with the clip."""
+    base = optimizers.experiment()
     return dataclasses.replace(
-        optimizers.experiment(),
+        base,
+        training=dataclasses.replace(
+            base.training, num_steps=320, batch_sequences=16, eval_every=40
+        ),
         optimizer=OptimizerConfig(
             schedule=ScheduleConfig(peak=_PEAK, warmup_steps=16), qk_clip_threshold=_TAU
         ),
