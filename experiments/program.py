@@ -8,7 +8,6 @@ from absl import app, flags, logging
 
 from kimi_jax.configs import convert
 from kimi_jax.core.errors import ConfigError, KimiError, TrainingInterruptedError
-from kimi_jax.core.host_memory import keep_freed_memory
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
@@ -21,7 +20,6 @@ def run(main: Callable[[], None]) -> None:
         del argv
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax tells the story of every file
-        keep_freed_memory()
         try:
             main()
         except TrainingInterruptedError as stop:

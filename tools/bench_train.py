@@ -95,14 +95,12 @@ def run_case(case: Case, started: float) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from kimi_jax.core.host_memory import keep_freed_memory
     from kimi_jax.model import accounting, transformer
     from kimi_jax.parallel import mesh as meshes
     from kimi_jax.training.device_peak import measure_matmul_peak, peak_memory_bytes
     from kimi_jax.training.state import initial_state
     from kimi_jax.training.step import compile_train_step, make_optimizer
 
-    keep_freed_memory()
     config = comparison_config(case)
     meshes.simulate_devices(case.devices)
     mesh = meshes.make_mesh(config.parallel, config.model.num_routed_experts)

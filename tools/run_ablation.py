@@ -28,7 +28,7 @@ from kimi_jax.analysis.run_log import RunLog
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.configs.optimizer import OptimizerName
 from kimi_jax.core.errors import KimiError
-from kimi_jax.core.host_memory import keep_freed_memory
+from kimi_jax.parallel.mesh import simulate_devices
 
 # Peak learning rates, factors of 2; a sweep whose best is at an end goes on beyond that end.
 _RATES = {
@@ -292,7 +292,7 @@ def main() -> None:
         base = with_steps(base, max(1, round(options.tokens / base.batch_tokens)))
     out = options.out or pathlib.Path("runs/ablations") / options.question
     out.mkdir(parents=True, exist_ok=True)
-    keep_freed_memory()
+    simulate_devices(1)
     # Most programs of a sweep are those of the run before.
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
     try:

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, Mesh
 
 from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.core.errors import require
+from kimi_jax.core.host_memory import keep_freed_memory
 
 DATA = "data"  # batch, and every weight (FSDP)
 EXPERT = "expert"  # routed experts, batch, and dense weights
@@ -17,8 +18,10 @@ MESH_AXES = (DATA, EXPERT)
 def simulate_devices(count: int) -> None:
     """Splits the CPU into `count` devices; must run before the first array is made.
 
-    Accelerators are not affected: where JAX finds one, it is used.
+    Also lets the process keep the memory that programs on these devices free. Accelerators are not
+    affected: where JAX finds one, it is used.
     """
+    keep_freed_memory(one_heap=count == 1)
     jax.config.update("jax_num_cpu_devices", count)
 
 

@@ -10,7 +10,7 @@ if platform.libc_ver()[0] != "glibc":
     sys.exit(3)
 from kimi_jax.core.host_memory import keep_freed_memory
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert keep_freed_memory(one_heap=True)
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def touch():
