@@ -26,7 +26,7 @@ def update_rms(updates: Any, groups: Any) -> dict[str, jax.Array]:
     for leaf, group in zip(jax.tree.leaves(updates), jax.tree.leaves(groups), strict=True):
         squares.setdefault(group, []).append(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
         sizes[group] = sizes.get(group, 0) + leaf.size
-    return {group: jnp.sqrt(sum(parts) / sizes[group]) for group, parts in squares.items()}
+    return {group: jnp.sqrt(sum(parts) / float(sizes[group])) for group, parts in squares.items()}
 
 
 def role_names(plan: Any) -> Any:
