@@ -10,7 +10,7 @@ import jax
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.core.errors import TrainingInterruptedError
 from kimi_jax.data.corpus import Corpus
-from kimi_jax.data.device_feed import DeviceFeed
+from kimi_jax.data.device_feed import DeviceFeed, local_rows
 from kimi_jax.data.pipeline import BatchIterator, train_batches
 from kimi_jax.model import transformer
 from kimi_jax.parallel import mesh as meshes
@@ -61,16 +61,18 @@ def train(
     workdir = workdirs.claim(workdir, config, resume=resume)
     every, num_steps = config.training, config.training.num_steps
     train_step = compile_train_step(config, plan, mesh)
+    layout, num_rows = jax.NamedSharding(mesh, BATCH), every.batch_sequences
+    part = local_rows(layout, (num_rows, config.data.sequence_length))
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         checkpoints = enter(Checkpointer(workdir, keep=every.checkpoints_to_keep))
-        batches = enter(closing(train_batches(corpus, config.data, every.batch_sequences)))
+        batches = enter(closing(train_batches(corpus, config.data, num_rows, part)))
         state = _resume_or_start(config, plan, mesh, checkpoints, batches)
         first_step = int(state.step)
-        feed = DeviceFeed(batches, jax.NamedSharding(mesh, BATCH))
+        feed = DeviceFeed(batches, layout, num_rows)
         log = enter(MetricLog(workdir, from_step=first_step, lines_every=every.log_every))
         progress = enter(Progress(num_steps))
-        stop, throughput = enter(faults.StopRequest()), Throughput(config)
+        stop, throughput = enter(faults.StopRequest(mesh)), Throughput(config)
         for step in range(first_step, num_steps):
             state, metrics = train_step(state, next(feed))
             log.write(step, metrics)  # records the step before: the host never waits for this one
@@ -80,7 +82,7 @@ def train(
             if evaluate is not None and (last or _due(step, every.eval_every)):
                 log.write(step, evaluate(state.params))
                 throughput.restart()
-            stopped_by = stop.signal  # read once: another may arrive between saving and stopping
+            stopped_by = stop.agreed()
             if last or stopped_by or _due(step, every.checkpoint_every):
                 _save(checkpoints, state, feed, log)
             progress.update(log.latest_step, log.latest)

@@ -56,7 +56,7 @@ class DeviceFeedTest(parameterized.TestCase):
 
     def test_state_is_that_of_the_batches_handed_out(self):
         host = CountingBatches()
-        feed = DeviceFeed(host, make_sharding(2, 4))
+        feed = DeviceFeed(host, make_sharding(2, 4), 8)
         self.assertEqual(feed.get_state(), {"step": 0})
         for step in range(3):
             self.assertEqual(first_value(next(feed)), step)
@@ -64,7 +64,7 @@ class DeviceFeedTest(parameterized.TestCase):
             self.assertEqual(host.get_state(), {"step": step + 2})  # one is on its way
 
     def test_restored_state_continues_with_the_next_batch(self):
-        feed = DeviceFeed(CountingBatches(), make_sharding(2, 4))
+        feed = DeviceFeed(CountingBatches(), make_sharding(2, 4), 8)
         next(feed)
         feed.set_state({"step": 7})
         self.assertEqual(feed.get_state(), {"step": 7})

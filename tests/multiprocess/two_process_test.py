@@ -1,0 +1,115 @@
+import pathlib
+import signal
+import socket
+import tempfile
+import time
+
+from absl.testing import absltest
+
+from kimi_jax.parallel.watch import LOST_EXIT
+from tests.support import program, tiny
+
+NUM_STEPS = 24
+TRAINING = {
+    "num_steps": NUM_STEPS,
+    "batch_sequences": 8,
+    "checkpoint_every": 4,
+    "sample_tokens": 4,
+}
+DEVICES = {"data": 4, "expert": 2, "simulated_devices": 4}  # of each process
+ALONE = "--config.parallel.simulated_devices=8"
+COMPARED = ("loss/train", "optimizer/gradient_norm", "qk_clip/max_logit", "experts/max_violation")
+END_SECONDS = 60  # for a process that has lost another
+
+
+class TwoProcessTest(absltest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.folder = pathlib.Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        tiny.write_corpus(cls.folder / "corpus")
+        cls.config = program.write_config(cls.folder, training=TRAINING, parallel=DEVICES)
+        cls.alone = cls.folder / "alone"
+        process = program.start_training(f"--config={cls.config}", f"--workdir={cls.alone}", ALONE)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+    def _start_two(self, workdir):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        processes = [
+            program.start_training(
+                f"--config={self.config}",
+                f"--workdir={workdir}",
+                f"--coordinator={coordinator}",
+                "--num_processes=2",
+                f"--process_id={index}",
+            )
+            for index in range(2)
+        ]
+        for process in processes:
+            self.addCleanup(process.communicate)
+            self.addCleanup(process.kill)
+        return processes
+
+    def _check_equals_the_run_of_one_process(self, workdir):
+        expected, found = program.read_records(self.alone), program.read_records(workdir)
+        self.assertEqual([record["step"] for record in found], list(range(NUM_STEPS)))
+        for name in COMPARED:
+            self.assertEqual([r[name] for r in found], [r[name] for r in expected], name)
+        self.assertEqual(found[-1]["eval/loss"], expected[-1]["eval/loss"])
+        self.assertEqual(
+            (workdir / "layers.jsonl").read_text(), (self.alone / "layers.jsonl").read_text()
+        )
+
+    def _check_ends_when_the_other_is_killed(self, workdir, victim):
+        processes = self._start_two(workdir)
+        program.wait_for_step(processes[0], workdir, 6)
+        processes[victim].kill()
+        killed = time.monotonic()
+        survivor = processes[1 - victim]
+        _, errors = survivor.communicate(timeout=END_SECONDS)
+        print("SURVIVOR", victim, survivor.returncode, time.monotonic() - killed, errors)
+        self.assertLess(len(program.read_records(workdir)), NUM_STEPS - 4)
+        host = socket.gethostname()
+        self.assertRegex(
+            errors, rf"PeerLostError: process {victim} \({host}\) was lost: it was killed"
+        )
+        self.assertIn("goes on from the last checkpoint", errors)
+        self.assertNotIn("Traceback", errors)
+        return survivor
+
+    def test_a_run_whose_first_process_is_killed_ends_clearly_and_goes_on_in_two(self):
+        workdir = self.folder / "first_killed"
+        self._check_ends_when_the_other_is_killed(workdir, victim=0)
+        first, second = self._start_two(workdir)
+        output, errors = first.communicate(timeout=300)
+        self.assertEqual(first.returncode, 0, errors)
+        self.assertIn("report", output)
+        output, errors = second.communicate(timeout=60)
+        self.assertEqual(second.returncode, 0, errors)
+        self.assertEqual(output, "")
+        self._check_equals_the_run_of_one_process(workdir)
+
+    def test_a_run_whose_second_process_is_killed_or_stopped_goes_on_in_one(self):
+        workdir = self.folder / "second_killed"
+        survivor = self._check_ends_when_the_other_is_killed(workdir, victim=1)
+        self.assertEqual(survivor.returncode, LOST_EXIT)
+
+        processes = self._start_two(workdir)
+        program.wait_for_step(processes[0], workdir, 12)
+        processes[1].send_signal(signal.SIGTERM)
+        for process in processes:
+            _, errors = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 130, errors)
+            steps_done = len(program.read_records(workdir))
+            self.assertIn(f"stopped by SIGTERM after step {steps_done} of {NUM_STEPS}", errors)
+
+        alone = program.start_training(f"--config={self.config}", f"--workdir={workdir}", ALONE)
+        _, errors = alone.communicate(timeout=300)
+        self.assertEqual(alone.returncode, 0, errors)
+        self._check_equals_the_run_of_one_process(workdir)
+
+
+if __name__ == "__main__":
+    absltest.main()
