@@ -30,6 +30,9 @@ START_SECONDS = 60.0  # for all watchers to connect
 # A process that saw another fail may be about to report the same error, in better words.
 FAILURE_SECONDS = 5.0
 LOST_EXIT = 75  # exit code of a process that lost another: sysexits.h's "try again"
+# JAX aborts a process that has lost process 0: its watcher stays to hear of that.
+_ECHO_SECONDS = 1.0
+_LOST = "was lost: it was killed or crashed"
 _ADVICE = (
     f"This process ends with exit code {LOST_EXIT}, and so do the others. The cause is in the log "
     "of the process named here; the same command on all hosts goes on from the last checkpoint."
@@ -94,7 +97,7 @@ class Watcher:
         self._unconnected = count - 1 if self._is_first else 1
         self._started = time.monotonic()
         self._next_beat = 0.0
-        self._left = False  # the own process is gone
+        self._stay_until: float | None = None  # when to leave, once the own process is gone
         self._leaving = False  # the own process is about to go, and has said why
         self._verdict: tuple[float, str] | None = None  # when to end, and what to say
         if self._is_first:
@@ -105,18 +108,27 @@ class Watcher:
 
     def run(self) -> int:
         """Returns the exit code: 0 when the own process has left, LOST_EXIT when another has."""
-        while not self._left:
-            due = min(self._next_beat, self._verdict[0] if self._verdict else self._next_beat)
-            for key, _ in self._selector.select(max(0.0, due - time.monotonic())):
+        while True:
+            for key, _ in self._selector.select(self._next_due() - time.monotonic()):
                 key.data()
             now = time.monotonic()
             if now >= self._next_beat:
                 self._beat(now)
                 self._next_beat = now + BEAT_SECONDS
-            if self._verdict is not None and not self._leaving and now >= self._verdict[0]:
+            gone = self._stay_until is not None
+            if self._verdict and not self._leaving and (gone or now >= self._verdict[0]):
                 sys.stderr.write(f"PeerLostError: {self._verdict[1]}. {_ADVICE}\n")
                 return LOST_EXIT
-        return 0
+            if gone and now >= self._stay_until:
+                return 0
+
+    def _next_due(self) -> float:
+        due = [self._next_beat]
+        if self._stay_until is not None:
+            due.append(self._stay_until)
+        if self._verdict is not None and not self._leaving:
+            due.append(self._verdict[0])
+        return min(due)
 
     def _listen(self) -> None:
         listener = socket.create_server(("", 0))
@@ -138,7 +150,12 @@ class Watcher:
     def _hear_own_process(self) -> None:
         lines = self._stdin.read()
         if lines is None:
-            self._left = True
+            self._selector.unregister(sys.stdin)
+            self._stay_until = time.monotonic()
+            if self._is_first and not self._leaving:
+                self._tell_all(f"lost 0 {self._name} {_LOST}")
+            elif not self._leaving:
+                self._stay_until += _ECHO_SECONDS
             return
         for line in lines:
             self._leaving = True
@@ -154,7 +171,7 @@ class Watcher:
             self._selector.unregister(link.connection)
             self._links.remove(link)
             if not link.leaving:
-                self._lose(0.0, f"{link.name} was lost: it was killed or crashed")
+                self._lose(0.0, f"{link.name} {_LOST}")
             return
         link.heard = time.monotonic()
         for line in lines:
@@ -162,16 +179,13 @@ class Watcher:
 
     def _obey(self, link: _Link, line: str) -> None:
         kind, _, text = line.partition(" ")
+        link.leaving |= kind in ("end", "failed", "lost")
         match kind:
             case "name":
                 link.name = text
-            case "end":
-                link.leaving = True
             case "failed":
-                link.leaving = True
                 self._lose(FAILURE_SECONDS, f"{link.name} failed: {text}")
             case "lost":
-                link.leaving = True
                 seconds, _, message = text.partition(" ")
                 self._lose(float(seconds), message)
 
@@ -199,7 +213,12 @@ class Watcher:
             link.send(line)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Runs the watcher that the arguments describe."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they are for the training process
         signal.signal(number, signal.SIG_IGN)
     sys.exit(Watcher(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]).run())
+
+
+if __name__ == "__main__":
+    main()
