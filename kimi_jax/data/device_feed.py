@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from kimi_jax.configs.data import DataConfig
 from kimi_jax.data.batches import Batch
-from kimi_jax.data.pipeline import BatchIterator
+from kimi_jax.data.corpus import Corpus
+from kimi_jax.data.pipeline import BatchIterator, train_batches
 
 
 def local_rows(sharding: jax.sharding.NamedSharding, shape: tuple[int, int]) -> list[int]:
@@ -78,3 +80,11 @@ class DeviceFeed:
 
     def _put_next(self) -> Batch:
         return put_batch(next(self._batches), self._sharding, self._num_rows)
+
+
+def open_feed(
+    corpus: Corpus, config: DataConfig, num_rows: int, sharding: jax.sharding.NamedSharding
+) -> DeviceFeed:
+    """Returns the training batches of `num_rows` rows on the mesh, from step 0."""
+    part = local_rows(sharding, (num_rows, config.sequence_length))
+    return DeviceFeed(train_batches(corpus, config, num_rows, part), sharding, num_rows)

@@ -10,8 +10,7 @@ import jax
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.core.errors import TrainingInterruptedError
 from kimi_jax.data.corpus import Corpus
-from kimi_jax.data.device_feed import DeviceFeed, local_rows
-from kimi_jax.data.pipeline import BatchIterator, train_batches
+from kimi_jax.data.device_feed import DeviceFeed, open_feed
 from kimi_jax.model import transformer
 from kimi_jax.parallel import mesh as meshes
 from kimi_jax.parallel.rules import BATCH
@@ -61,15 +60,13 @@ def train(
     workdir = workdirs.claim(workdir, config, resume=resume)
     every, num_steps = config.training, config.training.num_steps
     train_step = compile_train_step(config, plan, mesh)
-    layout, num_rows = jax.NamedSharding(mesh, BATCH), every.batch_sequences
-    part = local_rows(layout, (num_rows, config.data.sequence_length))
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         checkpoints = enter(Checkpointer(workdir, keep=every.checkpoints_to_keep))
-        batches = enter(closing(train_batches(corpus, config.data, num_rows, part)))
-        state = _resume_or_start(config, plan, mesh, checkpoints, batches)
+        layout = jax.NamedSharding(mesh, BATCH)
+        feed = enter(closing(open_feed(corpus, config.data, every.batch_sequences, layout)))
+        state = _resume_or_start(config, plan, mesh, checkpoints, feed)
         first_step = int(state.step)
-        feed = DeviceFeed(batches, layout, num_rows)
         log = enter(MetricLog(workdir, from_step=first_step, lines_every=every.log_every))
         progress = enter(Progress(num_steps))
         stop, throughput = enter(faults.StopRequest(mesh)), Throughput(config)
@@ -96,7 +93,7 @@ def _resume_or_start(
     plan: transformer.TransformerParams,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpointer,
-    batches: BatchIterator,
+    feed: DeviceFeed,
 ) -> TrainState:
     """Restores the newest checkpoint and the data cursor, or creates the state of step 0."""
     transformation = make_optimizer(config, plan)
@@ -104,7 +101,7 @@ def _resume_or_start(
         return initial_state(config, plan, transformation)
     like = abstract_state(config, plan, transformation, mesh)
     state, cursor = checkpoints.restore(like)
-    batches.set_state(cursor)
+    feed.set_state(cursor)
     return state
 
 

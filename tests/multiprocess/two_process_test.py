@@ -51,7 +51,7 @@ class TwoProcessTest(absltest.TestCase):
             for index in range(2)
         ]
         for process in processes:
-            self.addCleanup(process.communicate)
+            self.enterContext(process)
             self.addCleanup(process.kill)
         return processes
 

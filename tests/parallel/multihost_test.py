@@ -64,7 +64,7 @@ class WatcherTest(absltest.TestCase):
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.addCleanup(watcher.communicate)
+        self.enterContext(watcher)
         self.addCleanup(watcher.kill)
         return watcher
 
@@ -92,7 +92,7 @@ class WatcherTest(absltest.TestCase):
     def test_all_hear_why_a_process_failed_unless_they_fail_too(self):
         self._say(1, "failed DataError: no documents")
         self._say(2, "failed DataError: no documents")
-        self._expect(0, watch.LOST_EXIT, r"process 1 \(.*\) failed: DataError: no documents\.")
+        self._expect(0, watch.LOST_EXIT, r"process [12] \(.*\) failed: DataError: no documents\.")
         self.watchers[1].stdin.close()
         self.watchers[2].stdin.close()
         self._expect(1, 0, None)
