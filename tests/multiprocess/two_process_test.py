@@ -11,7 +11,7 @@ from absl.testing import absltest
 from kimi_jax.parallel.watch import LOST_EXIT
 from tests.support import program, tiny
 
-NUM_STEPS = 8
+NUM_STEPS = 12
 SECTIONS = {
     "model": {"num_layers": 1, "num_dense_layers": 0},
     "training": {

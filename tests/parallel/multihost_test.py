@@ -73,8 +73,9 @@ class WatcherTest(absltest.TestCase):
         self.watchers[index].stdin.flush()
 
     def _expect(self, index, code, message):
+        found = self.watchers[index].wait(timeout=20)
         errors = self.watchers[index].stderr.read()
-        self.assertEqual(self.watchers[index].wait(timeout=20), code, errors)
+        self.assertEqual(found, code, errors)
         self.assertRegex(errors, message or "^$")
 
     def test_all_hear_of_a_process_that_is_gone(self):
@@ -101,10 +102,9 @@ class WatcherTest(absltest.TestCase):
     def test_processes_that_have_agreed_to_leave_do_so_in_silence(self):
         for index in (1, 0, 2):
             self._say(index, "end")
-        time.sleep(0.2)
-        for index in (1, 0, 2):
             self.watchers[index].stdin.close()
             self._expect(index, 0, None)
+            time.sleep(0.2)  # the others hear of it while they still work
 
     def test_all_hear_of_a_host_that_is_silent(self):
         # It says nothing more, and keeps its connection open.
