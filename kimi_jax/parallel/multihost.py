@@ -4,6 +4,7 @@ On a single process everything here does nothing and costs nothing.
 """
 
 import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -26,7 +27,6 @@ _SHUTDOWN_SECONDS = 10
 _ECHO_SECONDS = 3.0
 _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000  # process 0 may tokenise for days; the watcher sees deaths
 _WATCHER_PORT = "kimi_jax/watcher_port"
-_LEFT: list[object] = []  # what must not be taken down in order
 
 
 class Job:
@@ -141,9 +141,10 @@ def _start_watcher() -> subprocess.Popen:
 
 
 def _leave_without_the_others() -> None:
-    """Keeps JAX from waiting, when Python ends, for processes that will not come."""
+    """Keeps JAX from waiting for the others when Python ends, and from aborting this process."""
     state = _runtime()
-    _LEFT.extend((state.client, state.service))
+    for part in (state.client, state.service):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(part))  # it is never taken down
     state.client = state.service = None
 
 
