@@ -14,6 +14,7 @@ from flax import struct
 from kimi_jax.core.param_spec import Leaf
 
 _COMBINE = {"max": jnp.maximum, "sum": jnp.add}
+_NEUTRAL = {"max": -jnp.inf, "sum": 0.0}
 
 
 def _reduced_by(reduction: str) -> Any:
@@ -64,3 +65,20 @@ def merge(first: ModelStats, second: ModelStats) -> ModelStats:
         pair = getattr(first, field.name), getattr(second, field.name)
         merged[field.name] = jax.tree.map(combine, *pair)
     return ModelStats(**merged)
+
+
+def neutral(like: ModelStats) -> ModelStats:
+    """Returns what `merge` changes nothing with.
+
+    Args:
+      like: shapes, dtypes and layouts.
+    """
+
+    def fill(field: dataclasses.Field) -> Any:
+        value = _NEUTRAL[field.metadata["reduction"]]
+        return jax.tree.map(
+            lambda leaf: jax.lax.full(leaf.shape, value, leaf.dtype, sharding=leaf.sharding),
+            getattr(like, field.name),
+        )
+
+    return ModelStats(**{field.name: fill(field) for field in dataclasses.fields(ModelStats)})

@@ -52,15 +52,21 @@ def accumulate(
         gradients, (parts, stats) = gradient_fn(params, micro_batch)
         return precision.cast_floats(gradients, precision.MASTER), parts, stats
 
-    first = compute(jax.tree.map(lambda leaf: leaf[0], micro_batches))
-    rest = jax.tree.map(lambda leaf: leaf[1:], micro_batches)
-    if jax.tree.leaves(rest)[0].shape[0] == 0:
-        return first
+    first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
+    if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
+        return compute(first)
 
     def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
         gradients, parts, stats = compute(micro_batch)
         summed = jax.tree.map(jnp.add, total[:2], (gradients, parts))
         return (*summed, model_stats.merge(total[2], stats)), None
 
-    total, _ = jax.lax.scan(add, first, rest)
+    # From nothing, not from the first micro-batch, so that the model is compiled once.
+    gradients, parts, stats = jax.eval_shape(compute, first)
+    nothing = (*jax.tree.map(_zeros, (gradients, parts)), model_stats.neutral(stats))
+    total, _ = jax.lax.scan(add, nothing, micro_batches)
     return total
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.lax.full(like.shape, 0, like.dtype, sharding=like.sharding)
