@@ -28,7 +28,7 @@ class BlockStats:
     """
 
     max_logit: Leaf  # [B, N] largest attention logit of each sequence and head
-    expert_load: Leaf  # [shards, E] tokens each device sent to each expert
+    expert_load: Leaf  # [shards, E] tokens each shard of them sent to each expert
     balance_loss: Leaf  # [B] sequence-wise balance loss
 
 

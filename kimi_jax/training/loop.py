@@ -14,7 +14,7 @@ from kimi_jax.data.device_feed import DeviceFeed
 from kimi_jax.data.pipeline import BatchIterator, train_batches
 from kimi_jax.model import transformer
 from kimi_jax.parallel import mesh as meshes
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.training import faults
 from kimi_jax.training import workdir as workdirs
 from kimi_jax.training.checkpoint import Checkpointer
@@ -67,7 +67,7 @@ def train(
         batches = enter(closing(train_batches(corpus, config.data, every.batch_sequences)))
         state = _resume_or_start(config, plan, mesh, checkpoints, batches)
         first_step = int(state.step)
-        feed = DeviceFeed(batches, jax.NamedSharding(mesh, BATCH))
+        feed = DeviceFeed(batches, jax.NamedSharding(mesh, TOKENS))
         log = enter(MetricLog(workdir, from_step=first_step, lines_every=every.log_every))
         progress = enter(Progress(num_steps))
         stop, throughput = enter(faults.StopRequest()), Throughput(config)
