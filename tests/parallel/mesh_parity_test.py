@@ -5,9 +5,11 @@ import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from kimi_jax.configs.compute import Implementation
 from kimi_jax.configs.model import YarnConfig
 from kimi_jax.core.param_spec import NORM, map_specs
 from kimi_jax.core.trees import leaf_names
@@ -25,12 +27,13 @@ LOSS_TOLERANCE = 2e-6  # relative
 # Absolute; a step moves parameters by 1e-2, and Newton-Schulz enlarges differences in small
 # singular values.
 PARAMETER_TOLERANCE = 5e-6
-THRESHOLD = 2.5  # of QK-clip: between the maxima of the heads at initialisation
-ROWS, LENGTH = 4, 16
+THRESHOLD = 3.0  # of QK-clip: between the maxima of the heads at initialisation
+ROWS, LENGTH = 8, 16
 # Compiling takes nearly all of the time.
 QUICK = {"xla_backend_optimization_level": 0}
 
-MODEL = {"num_layers": 2, "num_heads": 4, "dense_ffn_dim": 16, "num_routed_experts": 4}
+MODEL = {"num_layers": 1, "num_dense_layers": 0, "num_heads": 4, "num_routed_experts": 4}
+BOTH_KINDS = MODEL | {"num_layers": 2, "num_dense_layers": 1, "dense_ffn_dim": 16}
 YARN = MODEL | {"yarn": YarnConfig(factor=4.0, original_max_position=8)}
 NO_QUERY_LATENT = MODEL | {"q_latent_dim": None}
 
@@ -39,8 +42,15 @@ def experiment(model):
     return tiny.experiment(
         model=model,
         data={"sequence_length": LENGTH},
+        compute={"implementation": Implementation.REFERENCE},  # compiles faster
         training={"batch_sequences": ROWS},
-        optimizer={"qk_clip_threshold": THRESHOLD, "balance_loss_weight": 0.01},
+        optimizer={
+            "qk_clip_threshold": THRESHOLD,
+            "balance_loss_weight": 0.01,
+            # At its usual 1e-8, AdamW's first update is the sign even of a gradient that is zero
+            # but for rounding.
+            "adam_eps": 1e-5,
+        },
     )
 
 
@@ -48,6 +58,7 @@ def host_batch():
     """Rows of three documents whose ends lie within, and on, the shares of two and four devices."""
     rows = jax.tree.map(lambda leaf: leaf[:, :LENGTH], tiny.host_batch(rows=ROWS))
     lengths = np.array([[5, 7, 4], [8, 6, 2], [3, 1, 12], [4, 8, 4]])
+    lengths = np.tile(lengths, (2, 1))
     segments = np.stack([np.repeat([1, 2, 3], row) for row in lengths]).astype(np.int32)
     positions = np.stack([np.concatenate([np.arange(n) for n in row]) for row in lengths])
     return dataclasses.replace(rows, segments=segments, positions=positions.astype(np.int32))
@@ -67,10 +78,11 @@ def parameters(config):
 
 def gradients_on(mesh, config):
     """Loss and its parts, statistics and gradients, on the host."""
-    batch = host_batch()
-    share = functools.partial(
-        steps.batch_share_of_loss, config=config, total_weight=batch.weights.sum()
-    )
+
+    def share(params, batch):
+        total = jnp.sum(batch.weights)
+        return steps.batch_share_of_loss(params, batch, config=config, total_weight=total)
+
     compute = jax.jit(jax.value_and_grad(share, has_aux=True), compiler_options=QUICK)
     with jax.set_mesh(mesh):
         like = abstract_parameters(transformer.specs(config.model), mesh)
@@ -78,7 +90,7 @@ def gradients_on(mesh, config):
             lambda leaf, at: jax.device_put(leaf, at.sharding), parameters(config), like
         )
         (loss, (parts, stats)), gradients = compute(
-            params, put_batch(batch, jax.NamedSharding(mesh, TOKENS))
+            params, put_batch(host_batch(), jax.NamedSharding(mesh, TOKENS))
         )
         for leaf, at in zip(jax.tree.leaves(gradients), jax.tree.leaves(like), strict=True):
             assert leaf.sharding.is_equivalent_to(at.sharding, leaf.ndim), (leaf.sharding, at)
@@ -109,6 +121,11 @@ def first_step(mesh, config):
         return jax.device_get((after.params, metrics))
 
 
+@functools.cache
+def first_step_on_one_device(config):
+    return first_step(tiny.mesh(1, 1), config)
+
+
 class MeshParityTest(parameterized.TestCase):
     @parameterized.named_parameters(
         ("replica_2", {"replica": 2}, MODEL),
@@ -118,7 +135,6 @@ class MeshParityTest(parameterized.TestCase):
         ("tensor_4", {"tensor": 4}, MODEL),
         ("data_2_expert_2_tensor_2", {"data": 2, "expert": 2, "tensor": 2}, MODEL),
         ("expert_4_context_2", {"expert": 4, "context": 2}, NO_QUERY_LATENT),
-        ("context_2_tensor_2", {"context": 2, "tensor": 2}, MODEL),
     )
     def test_loss_and_gradients_are_those_of_one_device(self, axes, model):
         config = experiment(model)
@@ -146,8 +162,8 @@ class MeshParityTest(parameterized.TestCase):
         ("data_2_context_2_tensor_2", {"data": 2, "context": 2, "tensor": 2}),
     )
     def test_first_step_is_that_of_one_device(self, axes):
-        config = experiment(MODEL)
-        wanted, wanted_metrics = first_step(tiny.mesh(1, 1), config)
+        config = experiment(BOTH_KINDS)
+        wanted, wanted_metrics = first_step_on_one_device(config)
         params, metrics = first_step(tiny.mesh(**{"data": 1, "expert": 1} | axes), config)
         for name in ("loss/train", "loss/balance", "optimizer/gradient_norm", "max_logit"):
             np.testing.assert_allclose(

@@ -6,7 +6,7 @@ from kimi_jax.core import axes as ax
 from kimi_jax.core.param_spec import MATRIX, NORM, ROUTED_EXPERT, ParamSpec
 from kimi_jax.parallel import rules
 
-_SIZES = {"data": 2, "expert": 4}
+_SIZES = {"replica": 1, "data": 2, "expert": 4, "context": 1, "tensor": 1}
 
 
 def _spec(shape, axes, *tags):
