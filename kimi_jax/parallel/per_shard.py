@@ -27,7 +27,9 @@ def per_shard(fn: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Calla
     def run(*args: Any) -> Any:
         specs = jax.tree.map(lambda spec, arg: jax.tree.map(lambda _: spec, arg), in_specs, args)
         wide = jax.tree.map(_name_unused_axes, specs, args)
-        args = jax.tree.map(jax.reshard, args, wide)
+        args = jax.tree.map(
+            lambda arg, w, s: arg if w is s else jax.reshard(arg, w), args, wide, specs
+        )
         return jax.shard_map(fn, in_specs=wide, out_specs=out_specs, check_vma=False)(*args)
 
     return run
@@ -42,7 +44,7 @@ def _name_unused_axes(spec: PartitionSpec, arg: Any) -> PartitionSpec:
     kind = jax.typeof(arg)
     full = PartitionSpec(*spec, *(None,) * (kind.ndim - len(spec)))
     if kind.ndim == 0 or kind.sharding.spec != full:
-        return spec  # shard_map says what is wrong
+        return spec  # where the argument is not laid out like this, shard_map says so
     entries = [entry if isinstance(entry, tuple) else (entry,) for entry in full]
     named = {name for entry in entries for name in entry}
     unused = [n for n, size in kind.sharding.mesh.shape.items() if size == 1 and n not in named]

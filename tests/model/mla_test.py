@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from kimi_jax.configs.compute import ComputeConfig, ComputeDtype
 from kimi_jax.core import param_spec
 from kimi_jax.model import mla, rope
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import BATCH, TOKENS
 from tests.support import tiny
 
 _CHOICES = ComputeConfig(dtype=ComputeDtype.FLOAT32)
@@ -74,7 +74,8 @@ class MlaTest(parameterized.TestCase):
         x = np.random.default_rng(1).standard_normal((2, 6, config.embed_dim))
         run = functools.partial(mla.mla, config=config, choices=_CHOICES)
         with jax.set_mesh(tiny.mesh(1, 1)):
-            inputs = [jax.reshard(i, BATCH) for i in (jnp.float32(x), _POSITIONS, _SEGMENTS)]
+            inputs = [jax.reshard(i, BATCH) for i in (_POSITIONS, _SEGMENTS)]
+            inputs = [jax.reshard(jnp.float32(x), TOKENS), *inputs]
             out, maxima = jax.jit(run)(params, *inputs)
         expected_out, expected_maxima = _reference(params, x, config)
         np.testing.assert_allclose(maxima, expected_maxima, rtol=1e-4)
