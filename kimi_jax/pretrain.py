@@ -100,7 +100,6 @@ def _sections(
     """Rows of the tables that open a run."""
     plan = transformer.specs(config.model)
     device = mesh.devices.flat[0]
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     flops = accounting.train_flops_per_step(
         config.model, config.training.batch_sequences, config.data.sequence_length
     )
@@ -109,7 +108,7 @@ def _sections(
             ("parameters", f"{count_parameters(plan):,}"),
             ("active per token", f"{accounting.active_parameters(config.model):,}"),
             ("batch", f"{config.batch_tokens:,} tokens, {flops / 1e9:,.1f} GFLOP a step"),
-            ("mesh", f"{axes} ({mesh.size} x {device.device_kind})"),
+            ("mesh", f"{meshes.describe(mesh)} ({mesh.size} x {device.device_kind})"),
         ],
         "corpus": [(name, f"{value:,}") for name, value in corpus.statistics().items()]
         + _baseline_rows(held_out),
@@ -154,7 +153,7 @@ def _sample(config: ExperimentConfig, corpus: Corpus, state: TrainState) -> dict
     if not num_tokens:
         return None
     mesh = jax.sharding.get_abstract_mesh()
-    prompts = np.full((mesh.size, 1), corpus.tokenizer.bos_id, np.int32)
+    prompts = np.full((meshes.sequence_shards(mesh), 1), corpus.tokenizer.bos_id, np.int32)
     tokens = sample(
         state.params,
         jnp.asarray(prompts),

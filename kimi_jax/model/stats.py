@@ -29,7 +29,7 @@ class BlockStats:
     """
 
     max_logit: Leaf  # [B, N] largest attention logit of each sequence and head
-    expert_load: Leaf  # [shards, E] tokens each device's router gave to each expert
+    expert_load: Leaf  # [shards, E] tokens each shard of them sent to each expert
     dropped: Leaf  # [shards] assignments that found no room in the expert exchange
     balance_loss: Leaf  # [B] sequence-wise balance loss
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from kimi_jax.core import precision
 from kimi_jax.model import stats as model_stats
@@ -16,14 +17,15 @@ LossFunction = Callable[[Any, Any], tuple[jax.Array, tuple[dict[str, jax.Array],
 
 
 def split_micro_batches(batch: Any, count: int) -> Any:
-    """Splits leaves [B, ...] into [count, B / count, ...] without communication.
+    """Splits leaves [B, T] into [count, B / count, T] without communication.
 
     Micro-batch i takes row i, i + count, i + 2 count ... so that each device's rows stay its own.
     """
 
     def split(leaf: jax.Array) -> jax.Array:
         rows = leaf.shape[0] // count
-        grouped = jax.lax.reshape(leaf, (rows, count, *leaf.shape[1:]), out_sharding=rules.BATCH)
+        layout = PartitionSpec(rules.TOKENS[0], None, *rules.TOKENS[1:])
+        grouped = jax.lax.reshape(leaf, (rows, count, *leaf.shape[1:]), out_sharding=layout)
         return jnp.moveaxis(grouped, 1, 0)
 
     return jax.tree.map(split, batch)

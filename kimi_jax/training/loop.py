@@ -13,7 +13,7 @@ from kimi_jax.data.corpus import Corpus
 from kimi_jax.data.device_feed import DeviceFeed, open_feed
 from kimi_jax.model import transformer
 from kimi_jax.parallel import mesh as meshes
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.training import faults
 from kimi_jax.training import workdir as workdirs
 from kimi_jax.training.checkpoint import Checkpointer
@@ -63,7 +63,7 @@ def train(
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         checkpoints = enter(Checkpointer(workdir, keep=every.checkpoints_to_keep))
-        layout = jax.NamedSharding(mesh, BATCH)
+        layout = jax.NamedSharding(mesh, TOKENS)
         feed = enter(closing(open_feed(corpus, config.data, every.batch_sequences, layout)))
         state = _resume_or_start(config, plan, mesh, checkpoints, feed)
         first_step = int(state.step)
