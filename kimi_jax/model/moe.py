@@ -64,10 +64,7 @@ def moe(
             rules.partition_specs(experts.specs(config), rules.COMPUTE),
             rules.TOKENS,
         ),
-        out_specs=(
-            rules.PARTIAL_TOKENS,
-            MoeStats(rules.TOKEN_SHARDS, rules.TOKEN_SHARDS, rules.BATCH),
-        ),
+        out_specs=(rules.PARTIAL_TOKENS, stats_layout),
     )
     parts, stats = routed(params.router, params.experts, x)
     y = jnp.sum(parts, axis=0)

@@ -124,7 +124,7 @@ def position_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def describe(mesh: Mesh) -> str:
-    """Names the axes and their sizes, such as "data 2 x expert 4"; others of size 1 are left out."""
+    """Names axes and sizes, such as "data 2 x expert 4"; others of size 1 are left out."""
     return _describe(mesh.shape)
 
 
