@@ -78,6 +78,13 @@ class NewtonSchulzDtype(enum.Enum):
     FLOAT32 = "float32"
 
 
+class MomentumDtype(enum.Enum):
+    """Format in which Muon's momentum is kept between steps."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"  # half the memory; computed in float32 and rounded once a step
+
+
 class MatrixGranularity(enum.Enum):
     """What Muon treats as one matrix among attention's projections."""
 
@@ -96,6 +103,8 @@ class OptimizerConfig:
       weight_decay: decoupled, multiplied by the learning rate; acts on every parameter, norm gains
         too.
       momentum: of Muon's heavy ball.
+      momentum_dtype: format in which that momentum is stored; AdamW's moments, which belong to
+        embedding, head and norms, are float32 always.
       nesterov: whether Muon looks ahead by one momentum step.
       newton_schulz_steps: iterations.
       newton_schulz_preset: coefficients.
@@ -116,6 +125,7 @@ class OptimizerConfig:
     name: OptimizerName = OptimizerName.MUON_CLIP
     weight_decay: float = 0.1
     momentum: float = 0.95
+    momentum_dtype: MomentumDtype = MomentumDtype.FLOAT32
     nesterov: bool = True
     newton_schulz_steps: int = 5
     newton_schulz_preset: NewtonSchulzPreset = NewtonSchulzPreset.JORDAN

@@ -135,4 +135,5 @@ def mla(
         out, max_logit = per_shard(attend, in_specs=BATCH, out_specs=BATCH)(
             q_nope, q_rope, k_nope, k_rope, value, segments
         )
-    return project("btnu,nud->btd", out, params.w_out), max_logit
+    projected = project("btnu,nud->btd", out, params.w_out)
+    return checkpoint_name(projected, "attention_projected"), max_logit

@@ -9,6 +9,7 @@ import optax
 from flax import struct
 
 from kimi_jax.configs.optimizer import OptimizerConfig
+from kimi_jax.core import precision
 from kimi_jax.core.param_spec import Leaf, is_spec
 from kimi_jax.optimizers.matrix_views import MatrixView, matrix_views
 from kimi_jax.optimizers.newton_schulz import newton_schulz
@@ -19,7 +20,7 @@ from kimi_jax.parallel.collectives import map_matrices
 class MuonState:
     """What Muon remembers between steps."""
 
-    momentum: Leaf  # M, like the parameters
+    momentum: Leaf  # M, like the parameters, in `momentum_dtype`
 
 
 def scale_by_muon(config: OptimizerConfig, plan: Any) -> optax.GradientTransformation:
@@ -32,8 +33,12 @@ def scale_by_muon(config: OptimizerConfig, plan: Any) -> optax.GradientTransform
     `update_rms`, and AdamW's learning rate and weight decay can be used. Each matrix is computed
     once in the whole mesh; matrices travel in the format of the products.
 
+    mu M + G is computed in float32 and rounded once, when it is stored; U is made of the sum before
+    rounding. O comes in the format of the products, which is all that it has of digits: updates are
+    the largest temporaries of a step, and half as large in bfloat16.
+
     Args:
-      config: momentum, nesterov, newton_schulz_*, matrix_granularity and update_rms act here.
+      config: momentum*, nesterov, newton_schulz_*, matrix_granularity and update_rms act here.
       plan: tree of `ParamSpec`s; leaves that are no matrices must be masked out of the gradients.
 
     Returns:
@@ -44,16 +49,20 @@ def scale_by_muon(config: OptimizerConfig, plan: Any) -> optax.GradientTransform
     views = matrix_views(plan, config.matrix_granularity)
 
     def init(params: Any) -> MuonState:
-        return MuonState(momentum=jax.tree.map(jnp.zeros_like, params))
+        dtype = config.momentum_dtype.value
+        return MuonState(momentum=jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params))
 
     def update(gradients: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         del params
         mu = config.momentum
-        momentum = jax.tree.map(lambda m, g: mu * m + g, state.momentum, gradients)
+        momentum = jax.tree.map(
+            lambda m, g: mu * m.astype(jnp.float32) + g, state.momentum, gradients
+        )
         ahead = momentum
         if config.nesterov:
             ahead = jax.tree.map(lambda m, g: g + mu * m, momentum, gradients)
-        return _orthogonalize(ahead, plan, views, config), MuonState(momentum=momentum)
+        stored = precision.cast_floats(momentum, config.momentum_dtype.value)
+        return _orthogonalize(ahead, plan, views, config), MuonState(momentum=stored)
 
     return optax.GradientTransformation(init, update)
 
@@ -80,7 +89,7 @@ def _orthogonalize(
             end = start + view.stack_shape[0]
             own = [jax.lax.slice_in_dim(stack, start, end) for stack in joined]
             for index, update in view.from_stacks(own).items():
-                leaves[index] = update.astype(leaves[index].dtype)
+                leaves[index] = update
             start = end
     return structure.unflatten(leaves)
 

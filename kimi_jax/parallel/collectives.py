@@ -102,8 +102,10 @@ def _map_matrices_per_shard(
     for name in plan.hops:
         owned //= jax.lax.axis_size(name)
         start += jax.lax.axis_index(name) * owned
-    begin = jnp.clip(plan.first - start, 0, owned)
-    end = jnp.clip(plan.first + plan.count - start, 0, owned)
+    begin, end = 0, owned
+    if plan.padded > plan.count:  # else the number of batches is known when compiling
+        begin = jnp.clip(plan.first - start, 0, owned)
+        end = jnp.clip(plan.first + plan.count - start, 0, owned)
     results = _compute(fn, stacks, begin, end)
 
     outputs = []
@@ -133,16 +135,19 @@ def _return_share(stack: jax.Array, name: str, dim: int | None) -> jax.Array:
 def _compute(
     fn: Callable[..., Any], stacks: list[jax.Array], begin: Any, end: Any
 ) -> list[jax.Array]:
-    """Applies `fn` to the items begin .. end, in batches; batches of padding alone are left out."""
+    """Applies `fn` to the items begin .. end, in batches; batches of padding alone are left out.
+
+    Results take the place of the items, so that there is one copy of the stacks.
+    """
     owned = stacks[0].shape[0]
     values = sum(math.prod(stack.shape[1:]) for stack in stacks)
 
     def in_batches_of(batch: int, begin: Any, end: Any, *stacks: jax.Array):
-        def step(number, results):
+        def step(number, stacks):
             items = [jax.lax.dynamic_slice_in_dim(s, number * batch, batch) for s in stacks]
             return tuple(
-                jax.lax.dynamic_update_slice_in_dim(result, done, number * batch, 0)
-                for result, done in zip(results, jax.vmap(fn)(items), strict=True)
+                jax.lax.dynamic_update_slice_in_dim(stack, done, number * batch, 0)
+                for stack, done in zip(stacks, jax.vmap(fn)(items), strict=True)
             )
 
         return jax.lax.fori_loop(begin // batch, -(-end // batch), step, tuple(stacks))
