@@ -1,6 +1,7 @@
 """Muon: momentum, made orthogonal, with the root mean square of AdamW's updates."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from kimi_jax.core import precision
 from kimi_jax.core.param_spec import Leaf, is_spec
 from kimi_jax.optimizers.matrix_views import MatrixView, matrix_views
 from kimi_jax.optimizers.newton_schulz import newton_schulz
-from kimi_jax.parallel.collectives import map_matrices
+from kimi_jax.parallel.collectives import CHUNK_VALUES, map_matrices
 
 
 @struct.dataclass
@@ -97,13 +98,16 @@ def _orthogonalize(
 def _group_alike(stacks: dict[MatrixView, list[jax.Array]]) -> list[list[MatrixView]]:
     """Groups views that differ in their number of layers only, so that they run as one stack.
 
-    Fewer loops compile faster, and fewer exchanges wait for each other.
+    Fewer loops compile faster, and fewer exchanges wait for each other. What fills a device alone
+    stays alone: joining stacks copies them.
     """
     groups: dict[Any, list[MatrixView]] = {}
     for view, arrays in stacks.items():
         layouts = tuple((a.shape[1:], jax.typeof(a).sharding.spec) for a in arrays)
         row_dims = tuple(len(member.rows) for member in view.members)
-        groups.setdefault((view.stack_shape[1:], row_dims, layouts), []).append(view)
+        local = sum(math.prod(jax.typeof(a).sharding.shard_shape(a.shape)) for a in arrays)
+        alone = view.names if local > CHUNK_VALUES else None
+        groups.setdefault((view.stack_shape[1:], row_dims, layouts, alone), []).append(view)
     return list(groups.values())
 
 

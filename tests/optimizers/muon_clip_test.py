@@ -288,7 +288,8 @@ class CompiledUpdateTest(absltest.TestCase):
         with jax.set_mesh(mesh):
             params = placement.abstract_parameters(cls.plan, mesh)
             step = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))
-            cls.text = step.lower(params, params).compile().as_text()
+            options = {"xla_backend_optimization_level": 0}  # it is read, not run
+            cls.text = step.lower(params, params).compile(options).as_text()
 
     def test_no_all_gather_brings_a_stack_of_experts_together(self):
         stack = self.plan.moe_blocks.feed_forward.experts.w_gate.size
