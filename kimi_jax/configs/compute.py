@@ -38,7 +38,7 @@ class ComputeConfig:
       dtype: format of activations and matrix products; master weights are float32 always.
       remat: what the backward pass recomputes.
       offload_activations: whether what is kept for the backward pass of a layer, its input
-        included, waits in the host's memory.
+        included, waits in the host's memory; on a CPU that is the same memory.
       implementation: which kernels run; a named one runs or raises.
       logits_chunk_tokens: tokens a device turns into logits at a time, so that memory never holds
         all of them; None keeps them together.

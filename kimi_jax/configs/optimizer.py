@@ -114,6 +114,8 @@ class OptimizerConfig:
       adam_b1: decay of AdamW's first moment.
       adam_b2: decay of AdamW's second moment.
       adam_eps: added to the root of AdamW's second moment.
+      offload_state: whether moments wait in the host's memory between updates: the next step's
+        forward and backward pass have their room, and each update waits for them.
       qk_clip_threshold: tau, the largest attention logit allowed; None never clips.
       max_grad_norm: global norm above which gradients are scaled down; None never scales.
       selection_bias_rate: u of the router's balancing rule (arXiv 2502.16982, section 3.3); None
@@ -135,6 +137,7 @@ class OptimizerConfig:
     adam_b1: float = 0.9
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
+    offload_state: bool = False
     qk_clip_threshold: float | None = 100.0
     max_grad_norm: float | None = 1.0
     selection_bias_rate: float | None = 1e-3
