@@ -114,8 +114,8 @@ class OptimizerConfig:
       adam_b1: decay of AdamW's first moment.
       adam_b2: decay of AdamW's second moment.
       adam_eps: added to the root of AdamW's second moment.
-      offload_state: whether moments wait in the host's memory between updates: the next step's
-        forward and backward pass have their room, and each update waits for them.
+      offload_state: whether Muon's momentum, nearly all of the state, lies in the host's memory and
+        visits the devices layer by layer; on a CPU that is the same memory.
       qk_clip_threshold: tau, the largest attention logit allowed; None never clips.
       max_grad_norm: global norm above which gradients are scaled down; None never scales.
       selection_bias_rate: u of the router's balancing rule (arXiv 2502.16982, section 3.3); None
@@ -159,6 +159,11 @@ class OptimizerConfig:
         for name in ("momentum", "adam_b1", "adam_b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} must be in [0, 1), got {value}")
+        require(
+            not self.offload_state or self.name is OptimizerName.MUON_CLIP,
+            "optimizer.offload_state moves Muon's momentum, and optimizer.name is 'adamw'; turn it "
+            "off, or choose 'muon_clip' in optimizer.name",
+        )
         require(
             self.weight_decay >= 0,
             f"optimizer.weight_decay must not be negative, got {self.weight_decay}",

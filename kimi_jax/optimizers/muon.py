@@ -10,10 +10,10 @@ import optax
 from flax import struct
 
 from kimi_jax.configs.optimizer import OptimizerConfig
-from kimi_jax.core import precision
 from kimi_jax.core.param_spec import Leaf, is_spec
 from kimi_jax.optimizers.matrix_views import MatrixView, matrix_views
 from kimi_jax.optimizers.newton_schulz import newton_schulz
+from kimi_jax.parallel import offload
 from kimi_jax.parallel.collectives import CHUNK_VALUES, map_matrices
 
 
@@ -39,8 +39,10 @@ def scale_by_muon(config: OptimizerConfig, plan: Any) -> optax.GradientTransform
     the largest temporaries of a step, and half as large in bfloat16.
 
     Args:
-      config: momentum*, nesterov, newton_schulz_*, matrix_granularity and update_rms act here.
+      config: momentum*, nesterov, newton_schulz_*, matrix_granularity, update_rms and offload_state
+        act here.
       plan: tree of `ParamSpec`s; leaves that are no matrices must be masked out of the gradients.
+        To be offloaded, each has the layers as its first dimension.
 
     Returns:
       The transformation; its state is a `MuonState`.
@@ -51,21 +53,46 @@ def scale_by_muon(config: OptimizerConfig, plan: Any) -> optax.GradientTransform
 
     def init(params: Any) -> MuonState:
         dtype = config.momentum_dtype.value
-        return MuonState(momentum=jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params))
+        momentum = jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
+        return MuonState(momentum=offload.to_host(momentum) if config.offload_state else momentum)
 
     def update(gradients: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         del params
-        mu = config.momentum
-        momentum = jax.tree.map(
-            lambda m, g: mu * m.astype(jnp.float32) + g, state.momentum, gradients
-        )
-        ahead = momentum
-        if config.nesterov:
-            ahead = jax.tree.map(lambda m, g: g + mu * m, momentum, gradients)
-        stored = precision.cast_floats(momentum, config.momentum_dtype.value)
-        return _orthogonalize(ahead, plan, views, config), MuonState(momentum=stored)
+        structure = jax.tree.structure(gradients)
+        pairs = [
+            _advance(momentum, gradient, config)
+            for momentum, gradient in zip(
+                jax.tree.leaves(state.momentum), jax.tree.leaves(gradients), strict=True
+            )
+        ]
+        ahead, momentum = (structure.unflatten(leaves) for leaves in zip(*pairs, strict=True))
+        return _orthogonalize(ahead, plan, views, config), MuonState(momentum=momentum)
 
     return optax.GradientTransformation(init, update)
+
+
+def _advance(
+    momentum: jax.Array, gradient: jax.Array, config: OptimizerConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Returns U, in the format of the products, and the momentum to be stored."""
+    mu = config.momentum
+
+    def rule(momentum: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+        momentum = mu * momentum.astype(jnp.float32) + gradient
+        ahead = gradient + mu * momentum if config.nesterov else momentum
+        stored = momentum.astype(config.momentum_dtype.value)
+        return ahead.astype(config.newton_schulz_dtype.value), stored
+
+    if not config.offload_state:
+        return rule(momentum, gradient)
+
+    def stream(_, parts: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        ahead, stored = rule(offload.to_device(parts[0]), parts[1])
+        return None, (ahead, offload.to_host(stored))
+
+    # Layer by layer: copies outside of a loop start at the beginning of the step, where there is no
+    # room for them.
+    return jax.lax.scan(stream, None, (momentum, gradient))[1]
 
 
 def _orthogonalize(

@@ -19,7 +19,6 @@ from kimi_jax.optimizers.matrix_views import count_matrices, matrix_views
 from kimi_jax.optimizers.muon import scale_by_muon
 from kimi_jax.optimizers.schedules import learning_rate_schedule
 from kimi_jax.optimizers.update_stats import role_names, update_rms
-from kimi_jax.parallel import offload
 
 MUON = "muon"
 ADAMW = "adamw"
@@ -76,14 +75,13 @@ def muon_clip(config: OptimizerConfig, plan: Any, num_steps: int) -> optax.Gradi
     labels = label_parameters(plan, config)
     is_trained = jax.tree.map(lambda label: label != BALANCED, labels)
     learning_rate = learning_rate_schedule(config.schedule, num_steps)
-    transformation = optax.named_chain(
+    return optax.named_chain(
         ("clip", clip_by_global_norm(config.max_grad_norm, is_trained)),
         ("rules", optax.partition(_rules(config, plan, labels), labels)),
         ("update_stats", _record_update_stats(plan, labels)),
         ("weight_decay", _decay_weights(config.weight_decay, is_trained)),
         ("learning_rate", optax.scale_by_learning_rate(learning_rate)),
     )
-    return _offload_state(transformation) if config.offload_state else transformation
 
 
 def clip_by_global_norm(max_norm: float | None, is_trained: Any) -> optax.GradientTransformation:
@@ -167,21 +165,6 @@ def _rules(
         BALANCED: optax.set_to_zero,
     }
     return {label: rules[label]() for label in sorted(set(jax.tree.leaves(labels)))}
-
-
-def _offload_state(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Keeps the state of a transformation in host memory and brings it in for each update."""
-
-    def init(params: Any) -> Any:
-        return offload.to_host(transformation.init(params))
-
-    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        # Without a reason to wait, the state would come in at the beginning of the step.
-        gradients, state = jax.lax.optimization_barrier((gradients, state))
-        updates, state = transformation.update(gradients, offload.to_device(state), params)
-        return updates, offload.to_host(state)
-
-    return optax.GradientTransformation(init, update)
 
 
 def _decay_weights(weight_decay: float, is_trained: Any) -> optax.GradientTransformation:

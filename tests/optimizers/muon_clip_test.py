@@ -275,26 +275,29 @@ class OneStepTest(parameterized.TestCase):
         self.assertTrue(np.all((values > 0.6) & (values < 1.25)), values)
 
 
-class OffloadTest(parameterized.TestCase):
-    @parameterized.parameters(list(OptimizerName))
-    def test_a_state_in_host_memory_changes_no_bit(self, name):
+class OffloadTest(absltest.TestCase):
+    def test_momentum_in_host_memory_changes_no_bit(self):
         feed_forward = PLAN["moe_blocks"]["feed_forward"]
         plan = {"w_gate": feed_forward["shared"]["w_gate"], "embedding": PLAN["embedding"]}
         gradients = toy_plans.random_like(plan, seed=1)
 
         def two_steps(offload_state):
-            optimizer = mc.muon_clip(config(name=name, offload_state=offload_state), plan, 100)
+            optimizer = mc.muon_clip(config(offload_state=offload_state), plan, 100)
             params = toy_plans.random_like(plan, seed=0)
             state = jax.jit(optimizer.init)(params)
             for _ in range(2):
                 updates, state = jax.jit(optimizer.update)(gradients, state, params)
                 params = optax.apply_updates(params, updates)
-            kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state) if leaf.ndim}
+            kinds = {
+                leaf.shape: leaf.sharding.memory_kind for leaf in jax.tree.leaves(state["rules"])
+            }
             return params, kinds, mc.optimizer_metrics(state)
 
         kept, kinds, metrics = two_steps(offload_state=False)
         moved, moved_kinds, moved_metrics = two_steps(offload_state=True)
-        self.assertEqual((kinds, moved_kinds), ({"device"}, {"pinned_host"}))
+        momentum, moments = plan["w_gate"].shape, plan["embedding"].shape
+        self.assertEqual((kinds[momentum], moved_kinds[momentum]), ("device", "pinned_host"))
+        self.assertEqual((kinds[moments], moved_kinds[moments]), ("device", "device"))
         chex.assert_trees_all_equal((moved, moved_metrics), (kept, metrics))
 
 
