@@ -4,25 +4,30 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kimi_jax.configs.compute import Implementation
+from kimi_jax.core.platform import target_platform
 
 
 def select(
     kernel: str,
     implementation: Implementation,
     available: Mapping[Implementation, Callable[..., Any]],
+    fastest: Mapping[str, Implementation],
 ) -> Callable[..., Any]:
     """Returns the function that computes `kernel`.
 
     Args:
       kernel: the operation's name, for the message.
-      implementation: AUTO takes the fastest that the platform has, today plain XLA everywhere; any
-        other runs or raises, so that a measurement never silently measures something else.
+      implementation: AUTO takes the fastest for the platform; any other runs or raises, so that a
+        measurement never silently measures something else.
       available: the operation's implementations.
+      fastest: by platform, what AUTO takes; XLA where the platform is not named.
 
     Raises:
       NotImplementedError: the named implementation does not exist for this operation.
     """
-    chosen = Implementation.XLA if implementation is Implementation.AUTO else implementation
+    chosen = implementation
+    if implementation is Implementation.AUTO:
+        chosen = fastest.get(target_platform(), Implementation.XLA)
     if chosen not in available:
         names = ", ".join(repr(option.value) for option in available)
         raise NotImplementedError(

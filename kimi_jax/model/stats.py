@@ -14,6 +14,7 @@ from flax import struct
 from kimi_jax.core.param_spec import Leaf
 
 _COMBINE = {"max": jnp.maximum, "sum": jnp.add}
+_NEUTRAL = {"max": -jnp.inf, "sum": 0.0}
 
 
 def _reduced_by(reduction: str) -> Any:
@@ -28,7 +29,8 @@ class BlockStats:
     """
 
     max_logit: Leaf  # [B, N] largest attention logit of each sequence and head
-    expert_load: Leaf  # [shards, E] tokens each device sent to each expert
+    expert_load: Leaf  # [shards, E] tokens each shard of them sent to each expert
+    dropped: Leaf  # [shards] assignments that found no room in the expert exchange
     balance_loss: Leaf  # [B] sequence-wise balance loss
 
 
@@ -38,16 +40,19 @@ class ModelStats:
 
     max_logit: Leaf = _reduced_by("max")  # [L, N] float32
     expert_load: Leaf = _reduced_by("sum")  # [L_moe, E] float32: assignments; None without experts
+    dropped: Leaf = _reduced_by("sum")  # scalar: assignments, over layers; None likewise
     balance_loss: Leaf = _reduced_by("sum")  # scalar, over sequences and layers; None likewise
 
 
 def reduce_blocks(stacks: list[BlockStats]) -> ModelStats:
     """Reduces stacked block statistics (leading axis L) over sequences and devices."""
     loads = [s.expert_load for s in stacks if s.expert_load is not None]
+    dropped = [s.dropped for s in stacks if s.dropped is not None]
     losses = [s.balance_loss for s in stacks if s.balance_loss is not None]
     return ModelStats(
         max_logit=jnp.concatenate([jnp.max(s.max_logit, axis=1) for s in stacks]),
         expert_load=jnp.sum(loads[0], axis=1) if loads else None,
+        dropped=jnp.sum(dropped[0]) if dropped else None,
         balance_loss=jnp.sum(losses[0]) if losses else None,
     )
 
@@ -60,3 +65,20 @@ def merge(first: ModelStats, second: ModelStats) -> ModelStats:
         pair = getattr(first, field.name), getattr(second, field.name)
         merged[field.name] = jax.tree.map(combine, *pair)
     return ModelStats(**merged)
+
+
+def neutral(like: ModelStats) -> ModelStats:
+    """Returns what `merge` changes nothing with.
+
+    Args:
+      like: shapes, dtypes and layouts.
+    """
+
+    def fill(field: dataclasses.Field) -> Any:
+        value = _NEUTRAL[field.metadata["reduction"]]
+        return jax.tree.map(
+            lambda leaf: jax.lax.full(leaf.shape, value, leaf.dtype, sharding=leaf.sharding),
+            getattr(like, field.name),
+        )
+
+    return ModelStats(**{field.name: fill(field) for field in dataclasses.fields(ModelStats)})

@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.core.errors import require
 
@@ -45,9 +45,12 @@ def placed(aval: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
     Returns:
       Shape, dtype, and a sharding with the memory that the program leaves it in.
     """
+    spec = aval.sharding.spec
+    # As long as the shape, as the specs of results are.
+    spec = PartitionSpec(*spec, *(None,) * (aval.ndim - len(spec)))
     in_host = aval.memory_space == jax.memory.Space.Host
     kind = HOST_MEMORY_KIND if in_host else None
-    sharding = NamedSharding(mesh, aval.sharding.spec, memory_kind=kind)
+    sharding = NamedSharding(mesh, spec, memory_kind=kind)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
 
 

@@ -16,7 +16,7 @@ from kimi_jax.model import loss, transformer
 from kimi_jax.model.stats import ModelStats
 from kimi_jax.optimizers import load_balance, muon_clip, qk_clip
 from kimi_jax.optimizers.schedules import learning_rate_schedule
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.training.accumulate import accumulate, split_micro_batches
 from kimi_jax.training.state import TrainState, abstract_state
 
@@ -48,7 +48,7 @@ def compile_train_step(
     batch = abstract_batch(
         config.training.batch_sequences,
         config.data.sequence_length,
-        jax.NamedSharding(mesh, BATCH),
+        jax.NamedSharding(mesh, TOKENS),
     )
 
     def compile_for_shapes():
@@ -189,4 +189,5 @@ def _metrics(
     if stats.expert_load is not None:
         metrics["experts/max_violation"] = jnp.max(load_balance.max_violation(stats.expert_load))
         metrics["expert_load"] = stats.expert_load
+        metrics["experts/dropped"] = stats.dropped
     return metrics | muon_clip.optimizer_metrics(state.optimizer)

@@ -5,12 +5,17 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.checks import check_same_dtype, check_shapes
-from kimi_jax.kernels.mla_attention import reference, xla
+from kimi_jax.kernels.mla_attention import reference, xla, xla_accelerator
 from kimi_jax.kernels.selection import select
 
 _AVAILABLE = {
     Implementation.XLA: xla.mla_attention,
+    Implementation.XLA_ACCELERATOR: xla_accelerator.mla_attention,
     Implementation.REFERENCE: reference.mla_attention,
+}
+_FASTEST = {
+    "tpu": Implementation.XLA_ACCELERATOR,
+    "gpu": Implementation.XLA_ACCELERATOR,
 }
 
 
@@ -68,7 +73,7 @@ def mla_attention(
         "mla_attention",
         {"q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "value": value},
     )
-    run = select("mla_attention", implementation, _AVAILABLE)
+    run = select("mla_attention", implementation, _AVAILABLE, _FASTEST)
     out, max_logit = run(q_nope, q_rope, k_nope, k_rope, value, segments, scale=scale)
     return out, jax.lax.stop_gradient(max_logit)
 
