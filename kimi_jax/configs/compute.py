@@ -4,6 +4,7 @@ import dataclasses
 import enum
 
 from kimi_jax.configs.checks import check_fields, require_positive
+from kimi_jax.core.errors import require
 
 
 class ComputeDtype(enum.Enum):
@@ -17,7 +18,7 @@ class Remat(enum.Enum):
     """What the backward pass recomputes, layer by layer."""
 
     NONE = "none"  # nothing: every intermediate value is kept
-    K2 = "k2"  # all but the latents (after arXiv 2507.20534, section 2.4, which keeps more)
+    K2 = "k2"  # norms, SwiGLU and MLA up-projections (arXiv 2507.20534, section 2.4)
     FULL = "full"  # everything but the layer's input
 
 
@@ -46,6 +47,8 @@ class ComputeConfig:
     Attributes:
       dtype: format of activations and matrix products; master weights are float32 always.
       remat: what the backward pass recomputes.
+      offload_activations: whether what is kept for the backward pass of a layer, its input
+        included, waits in the host's memory; on a CPU that is the same memory.
       implementation: which kernels run; a named one runs or raises.
       logits_chunk_tokens: tokens a device turns into logits at a time, so that memory never holds
         all of them; None keeps them together.
@@ -57,6 +60,7 @@ class ComputeConfig:
 
     dtype: ComputeDtype = ComputeDtype.BFLOAT16
     remat: Remat = Remat.NONE
+    offload_activations: bool = False
     implementation: Implementation = Implementation.AUTO
     logits_chunk_tokens: int | None = None
     exchange: Exchange = Exchange.AUTO
@@ -65,3 +69,8 @@ class ComputeConfig:
     def __post_init__(self):
         check_fields(self, "compute")
         require_positive(self, "compute", "logits_chunk_tokens", "exchange_capacity")
+        require(
+            not (self.offload_activations and self.remat is Remat.NONE),
+            "compute.offload_activations moves what compute.remat keeps, and with 'none' that is "
+            "every intermediate value; choose 'k2' or 'full' in compute.remat",
+        )

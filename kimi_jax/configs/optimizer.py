@@ -78,6 +78,13 @@ class NewtonSchulzDtype(enum.Enum):
     FLOAT32 = "float32"
 
 
+class MomentumDtype(enum.Enum):
+    """Format in which Muon's momentum is kept between steps."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"  # half the memory; computed in float32 and rounded once a step
+
+
 class MatrixGranularity(enum.Enum):
     """What Muon treats as one matrix among attention's projections."""
 
@@ -96,6 +103,8 @@ class OptimizerConfig:
       weight_decay: decoupled, multiplied by the learning rate; acts on every parameter, norm gains
         too.
       momentum: of Muon's heavy ball.
+      momentum_dtype: format in which that momentum is stored; AdamW's moments, which belong to
+        embedding, head and norms, are float32 always.
       nesterov: whether Muon looks ahead by one momentum step.
       newton_schulz_steps: iterations.
       newton_schulz_preset: coefficients.
@@ -105,6 +114,8 @@ class OptimizerConfig:
       adam_b1: decay of AdamW's first moment.
       adam_b2: decay of AdamW's second moment.
       adam_eps: added to the root of AdamW's second moment.
+      offload_state: whether Muon's momentum, nearly all of the state, lies in the host's memory and
+        visits the devices layer by layer; on a CPU that is the same memory.
       qk_clip_threshold: tau, the largest attention logit allowed; None never clips.
       max_grad_norm: global norm above which gradients are scaled down; None never scales.
       selection_bias_rate: u of the router's balancing rule (arXiv 2502.16982, section 3.3); None
@@ -116,6 +127,7 @@ class OptimizerConfig:
     name: OptimizerName = OptimizerName.MUON_CLIP
     weight_decay: float = 0.1
     momentum: float = 0.95
+    momentum_dtype: MomentumDtype = MomentumDtype.FLOAT32
     nesterov: bool = True
     newton_schulz_steps: int = 5
     newton_schulz_preset: NewtonSchulzPreset = NewtonSchulzPreset.JORDAN
@@ -125,6 +137,7 @@ class OptimizerConfig:
     adam_b1: float = 0.9
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
+    offload_state: bool = False
     qk_clip_threshold: float | None = 100.0
     max_grad_norm: float | None = 1.0
     selection_bias_rate: float | None = 1e-3
@@ -146,6 +159,11 @@ class OptimizerConfig:
         for name in ("momentum", "adam_b1", "adam_b2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name} must be in [0, 1), got {value}")
+        require(
+            not self.offload_state or self.name is OptimizerName.MUON_CLIP,
+            "optimizer.offload_state moves Muon's momentum, and optimizer.name is 'adamw'; turn it "
+            "off, or choose 'muon_clip' in optimizer.name",
+        )
         require(
             self.weight_decay >= 0,
             f"optimizer.weight_decay must not be negative, got {self.weight_decay}",

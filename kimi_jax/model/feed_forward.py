@@ -2,6 +2,7 @@
 
 import jax
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kimi_jax.configs.model import ModelConfig
@@ -47,8 +48,8 @@ def feed_forward(params: FeedForwardParams, x: Float[Array, "B T D"]) -> Float[A
 
     F may be split over the tensor axis: partial sums of the result are all-reduced.
     """
-    gate = project("btd,df->btf", x, params.w_gate)
-    up = project("btd,df->btf", x, params.w_up)
+    gate = checkpoint_name(project("btd,df->btf", x, params.w_gate), "feed_forward_gate")
+    up = checkpoint_name(project("btd,df->btf", x, params.w_up), "feed_forward_up")
     return project("btf,fd->btd", swiglu(gate, up), params.w_down, out_layout=TOKENS)
 
 

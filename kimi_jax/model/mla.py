@@ -149,4 +149,4 @@ def mla(
         )(q_nope, q_rope, k_nope, k_rope, value, segments)
         out = jax.reshard(out, rules.HEAD_OUTPUTS)
     y = project("btnu,nud->btd", out, params.w_out, out_layout=rules.TOKENS)
-    return y, max_logit
+    return checkpoint_name(y, "attention_projected"), max_logit

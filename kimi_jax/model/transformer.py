@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import ComputeConfig, Remat
@@ -17,9 +18,23 @@ from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
 from kimi_jax.parallel.placement import to_compute
 from kimi_jax.parallel.rules import BATCH, REPLICATED, TOKENS
 
-# What Remat.K2 keeps of a layer beside its input. K2 recomputes norms, SwiGLU and the latents'
-# up-projections; here attention and the experts are recomputed with them.
-_KEPT_BY_K2 = ("q_latent", "kv_latent", "k_rope")
+_LAYER_INPUT = "layer_input"
+# What Remat.K2 keeps of a layer beside its input: the results of attention and of all products but
+# the MLA up-projections and the down-projections of SwiGLU. Norms, rotations, SwiGLU and the router
+# are computed again with those. Kernels name what they keep for their backward pass.
+_KEPT_BY_K2 = (
+    "q_latent",
+    "kv_latent",
+    "k_rope",
+    "attention_out",
+    "attention_log_sum",
+    "attention_projected",
+    "feed_forward_gate",
+    "feed_forward_up",
+    "expert_inputs",
+    "expert_gate",
+    "expert_up",
+)
 
 
 @struct.dataclass
@@ -117,22 +132,27 @@ def _run_stack(
     """Scans over stacked blocks of one kind; returns statistics stacked along L."""
 
     def run_layer(x, stored):
+        x = checkpoint_name(x, _LAYER_INPUT)
         params = to_compute(stored, block_plan, choices.dtype.value)
         return block.block(params, x, positions, segments, config=config, choices=choices)
 
-    return jax.lax.scan(_with_remat(run_layer, choices.remat), x, stored_blocks)
+    return jax.lax.scan(_with_remat(run_layer, choices), x, stored_blocks)
 
 
-def _with_remat(run_layer: Any, remat: Remat) -> Any:
-    """Says what the backward pass of a layer recomputes."""
-    policies = jax.checkpoint_policies
-    match remat:
-        case Remat.NONE:
-            return run_layer
-        case Remat.K2:
-            return jax.checkpoint(run_layer, policy=policies.save_only_these_names(*_KEPT_BY_K2))
-        case Remat.FULL:
-            return jax.checkpoint(run_layer, policy=policies.nothing_saveable)
+def _with_remat(run_layer: Any, choices: ComputeConfig) -> Any:
+    """Says what the backward pass of a layer recomputes, and where the rest waits for it."""
+    if choices.remat is Remat.NONE:
+        return run_layer
+    kept = _KEPT_BY_K2 if choices.remat is Remat.K2 else ()
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    if choices.offload_activations:
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_LAYER_INPUT, *kept],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return jax.checkpoint(run_layer, policy=policy)
 
 
 @jax.named_scope("head")

@@ -55,7 +55,8 @@ def muon_clip(config: OptimizerConfig, plan: Any, num_steps: int) -> optax.Gradi
     """Builds the optimizer; QK-clip and load balancing follow it in the training step.
 
     W <- W - lr (O + lambda W), where O is Muon's or AdamW's update of the clipped gradients and
-    lambda acts on everything but selection biases, which do not move here.
+    lambda acts on everything but selection biases, which do not move here. Muon's updates are in
+    the format of its products until they meet the weights, from where on all is float32.
 
     Args:
       config: every option but qk_clip_threshold, selection_bias_rate and balance_loss_weight.
@@ -78,7 +79,7 @@ def muon_clip(config: OptimizerConfig, plan: Any, num_steps: int) -> optax.Gradi
         ("clip", clip_by_global_norm(config.max_grad_norm, is_trained)),
         ("rules", optax.partition(_rules(config, plan, labels), labels)),
         ("update_stats", _record_update_stats(plan, labels)),
-        ("weight_decay", optax.add_decayed_weights(config.weight_decay, mask=is_trained)),
+        ("weight_decay", _decay_weights(config.weight_decay, is_trained)),
         ("learning_rate", optax.scale_by_learning_rate(learning_rate)),
     )
 
@@ -164,6 +165,23 @@ def _rules(
         BALANCED: optax.set_to_zero,
     }
     return {label: rules[label]() for label in sorted(set(jax.tree.leaves(labels)))}
+
+
+def _decay_weights(weight_decay: float, is_trained: Any) -> optax.GradientTransformation:
+    """Returns O + lambda W of trained leaves, and O of the others, in the format of the weights.
+
+    Optax's own leaves a bfloat16 update as it is where lambda is 0, and would round it again when
+    the learning rate multiplies it.
+    """
+
+    def update(updates: Any, params: Any) -> Any:
+        def decay(update: jax.Array, weight: jax.Array, is_trained: bool) -> jax.Array:
+            update = update.astype(weight.dtype)
+            return update + weight_decay * weight if is_trained else update
+
+        return jax.tree.map(decay, updates, params, is_trained)
+
+    return optax.stateless(update)
 
 
 def _record_update_stats(plan: Any, labels: Any) -> optax.GradientTransformation:

@@ -20,9 +20,9 @@ from kimi_jax.parallel.per_shard import per_shard
 # larger batches fall out of the caches. Older versions compile batched products badly.
 _CPU_BATCH = 4 if jax.__version_info__ >= (0, 12) else 1
 
-# Accelerators compute this many values of matrices (256 MB in bfloat16) at a time: enough to fill
-# them, and a bound on the temporary memory of a batch.
-_ACCELERATOR_BATCH_VALUES = 2**27
+# Values of whole matrices (128 MB in bfloat16) that a device exchanges and computes at a time:
+# enough to fill an accelerator, and a bound on the temporary memory, which is several times that.
+CHUNK_VALUES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class _Plan:
       stack_dims: leading dimensions that are the stack.
       count: items of the local stack, before any exchange.
       padded: the same, padded to a multiple of the devices that share them.
+      chunk: items that are exchanged and computed together; divides `padded`.
       first: padding in front of the items; the rest follows behind.
       hops: mesh axes that share the stack, in the order of exchange.
       split_dims: for each array, the dimension that each of its mesh axes splits.
@@ -41,6 +42,7 @@ class _Plan:
     stack_dims: int
     count: int
     padded: int
+    chunk: int
     first: int
     hops: tuple[str, ...]
     split_dims: tuple[dict[str, int], ...]
@@ -51,9 +53,10 @@ def map_matrices(fn: Callable[[Any], Any], tree: Any, *, stack_dims: int, rotati
 
     Under an Explicit mesh, all-to-alls over one mesh axis after the other turn a stack of split
     items into a split stack of whole items; each device computes its own, and the same hops lead
-    back. Mesh axes that split the stack itself need no communication. Along mesh axes where the
-    stack is replicated, each device computes its share and the results are all-gathered. Without a
-    mesh, everything is computed where it is.
+    back. Large stacks go through this in chunks of `CHUNK_VALUES` a device. Mesh axes that split
+    the stack itself need no communication. Along mesh axes where the stack is replicated, each
+    device computes its share and the results are all-gathered. Without a mesh, everything is
+    computed where it is.
 
     Args:
       fn: from one item, a tree of arrays without the stack dimensions, to a tree of the same
@@ -90,33 +93,56 @@ def map_matrices(fn: Callable[[Any], Any], tree: Any, *, stack_dims: int, rotati
 def _map_matrices_per_shard(
     leaves: list[jax.Array], *, fn: Callable[..., Any], plan: _Plan
 ) -> list[jax.Array]:
-    """All-to-alls [c, n/d, m] -> [c/d, n, m] for each hop, applies `fn`, and goes back."""
+    """Maps a chunk of the local stack after the other, each in the place where it lay."""
     padding = (plan.first, plan.padded - plan.count - plan.first)
     stacks = []
-    for leaf, split_dims in zip(leaves, plan.split_dims, strict=True):
+    for leaf in leaves:
         stack = leaf.reshape(-1, *leaf.shape[plan.stack_dims :])
-        stack = jnp.pad(stack, (padding, *((0, 0),) * (stack.ndim - 1)))
+        stacks.append(jnp.pad(stack, (padding, *((0, 0),) * (stack.ndim - 1))))
+
+    def step(number: Any, stacks: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start = number * plan.chunk
+        chunk = [jax.lax.dynamic_slice_in_dim(stack, start, plan.chunk) for stack in stacks]
+        mapped = _map_chunk_per_shard(chunk, start, fn=fn, plan=plan)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(stack, done, start, 0)
+            for stack, done in zip(stacks, mapped, strict=True)
+        )
+
+    stacks = jax.lax.fori_loop(0, plan.padded // plan.chunk, step, tuple(stacks))
+    return [
+        jax.lax.slice_in_dim(stack, plan.first, plan.first + plan.count).reshape(leaf.shape)
+        for stack, leaf in zip(stacks, leaves, strict=True)
+    ]
+
+
+def _map_chunk_per_shard(
+    stacks: list[jax.Array], start: Any, *, fn: Callable[..., Any], plan: _Plan
+) -> list[jax.Array]:
+    """All-to-alls [c, n/d, m] -> [c/d, n, m] for each hop, applies `fn`, and goes back."""
+    shared = []
+    for stack, split_dims in zip(stacks, plan.split_dims, strict=True):
         for name in plan.hops:
             stack = _take_share(stack, name, split_dims.get(name))
-        stacks.append(stack)
+        shared.append(stack)
 
-    # Devices own consecutive parts of the padded stack, the first hop's axis being the slowest.
-    owned = plan.padded
-    start = 0
+    # Devices own consecutive parts of the chunk, the first hop's axis being the slowest.
+    owned = plan.chunk
     for name in plan.hops:
         owned //= jax.lax.axis_size(name)
         start += jax.lax.axis_index(name) * owned
-    begin = jnp.clip(plan.first - start, 0, owned)
-    end = jnp.clip(plan.first + plan.count - start, 0, owned)
-    results = _compute(fn, stacks, begin, end)
+    begin, end = 0, owned
+    if plan.padded > plan.count:  # else the number of batches is known when compiling
+        begin = jnp.clip(plan.first - start, 0, owned)
+        end = jnp.clip(plan.first + plan.count - start, 0, owned)
+    mapped = _compute(fn, shared, begin, end)
 
-    outputs = []
-    for leaf, stack, split_dims in zip(leaves, results, plan.split_dims, strict=True):
+    results = []
+    for stack, split_dims in zip(mapped, plan.split_dims, strict=True):
         for name in reversed(plan.hops):
             stack = _return_share(stack, name, split_dims.get(name))
-        stack = jax.lax.slice_in_dim(stack, plan.first, plan.first + plan.count)
-        outputs.append(stack.reshape(leaf.shape))
-    return outputs
+        results.append(stack)
+    return results
 
 
 def _take_share(stack: jax.Array, name: str, dim: int | None) -> jax.Array:
@@ -137,22 +163,25 @@ def _return_share(stack: jax.Array, name: str, dim: int | None) -> jax.Array:
 def _compute(
     fn: Callable[..., Any], stacks: list[jax.Array], begin: Any, end: Any
 ) -> list[jax.Array]:
-    """Applies `fn` to the items begin .. end, in batches; batches of padding alone are left out."""
+    """Applies `fn` to the items begin .. end, in batches; batches of padding alone are left out.
+
+    Results take the place of the items, so that there is one copy of the stacks.
+    """
     owned = stacks[0].shape[0]
     values = sum(math.prod(stack.shape[1:]) for stack in stacks)
 
     def in_batches_of(batch: int, begin: Any, end: Any, *stacks: jax.Array):
-        def step(number, results):
+        def step(number, stacks):
             items = [jax.lax.dynamic_slice_in_dim(s, number * batch, batch) for s in stacks]
             return tuple(
-                jax.lax.dynamic_update_slice_in_dim(result, done, number * batch, 0)
-                for result, done in zip(results, jax.vmap(fn)(items), strict=True)
+                jax.lax.dynamic_update_slice_in_dim(stack, done, number * batch, 0)
+                for stack, done in zip(stacks, jax.vmap(fn)(items), strict=True)
             )
 
         return jax.lax.fori_loop(begin // batch, -(-end // batch), step, tuple(stacks))
 
     cpu = _largest_divisor(owned, _CPU_BATCH)
-    accelerator = _largest_divisor(owned, max(1, _ACCELERATOR_BATCH_VALUES // values))
+    accelerator = _largest_divisor(owned, max(1, CHUNK_VALUES // values))
     results = jax.lax.platform_dependent(
         begin,
         end,
@@ -196,10 +225,12 @@ def _make_plan(
     stack_shards = math.prod(axis_sizes[name] for name in stack_axes)
     count = math.prod(leaves[0].shape[:stack_dims]) // stack_shards
     padded = -(-count // sharers) * sharers
+    item_values = sum(math.prod(leaf.shape[stack_dims:]) for leaf in leaves)
     return _Plan(
         stack_dims=stack_dims,
         count=count,
         padded=padded,
+        chunk=sharers * _largest_divisor(padded // sharers, max(1, CHUNK_VALUES // item_values)),
         first=rotation % (padded - count + 1),
         hops=hops,
         split_dims=tuple(

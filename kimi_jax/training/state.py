@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.core.param_spec import Leaf
+from kimi_jax.parallel import offload
 from kimi_jax.parallel.placement import initialize
 
 
@@ -65,15 +66,15 @@ def abstract_state(
     """Returns shapes, dtypes and shardings of `initial_state`, without computing it.
 
     What a checkpoint is restored into: a state saved on one mesh lands on another by its names.
+
+    Raises:
+      ConfigError: an option keeps arrays in host memory, which these devices cannot reach.
     """
+    for section, option in (("optimizer", "offload_state"), ("compute", "offload_activations")):
+        if getattr(getattr(config, section), option):
+            offload.check_host_memory(mesh, f"{section}.{option}")
     create = functools.partial(_create, config=config, plan=plan, transformation=transformation)
-    shapes = jax.eval_shape(lambda: create(_root_key(config)))
-
-    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # Scalars and the key come out of eval_shape without a sharding, or with a shorter one than
-        # the step's results have.
-        known = leaf.sharding.spec if leaf.sharding is not None else ()
-        spec = PartitionSpec(*known, *(None,) * (leaf.ndim - len(known)))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, shapes)
+    trace = jax.make_jaxpr(lambda: create(_root_key(config)), return_shape=True)
+    program, shapes = trace()
+    leaves = [offload.placed(aval, mesh) for aval in program.out_avals]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)

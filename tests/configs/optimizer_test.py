@@ -2,7 +2,7 @@ import dataclasses
 
 from absl.testing import absltest, parameterized
 
-from kimi_jax.configs.optimizer import OptimizerConfig, ScheduleConfig
+from kimi_jax.configs.optimizer import OptimizerConfig, OptimizerName, ScheduleConfig
 from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.configs.training import TrainingConfig
 from kimi_jax.core.errors import ConfigError
@@ -17,6 +17,7 @@ class OptimizerConfigTest(parameterized.TestCase):
         (dict(weight_decay=-1.0), "optimizer.weight_decay must not be negative"),
         (dict(newton_schulz_steps=0), "optimizer.newton_schulz_steps must be greater than 0"),
         (dict(qk_clip_threshold=0.0), "optimizer.qk_clip_threshold must be greater than 0"),
+        (dict(offload_state=True, name=OptimizerName.ADAMW), "offload_state moves Muon's momentum"),
     )
     def test_an_impossible_value_is_named(self, change, message):
         with self.assertRaisesRegex(ConfigError, message):

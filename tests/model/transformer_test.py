@@ -55,20 +55,38 @@ class TransformerTest(parameterized.TestCase):
     def test_what_the_backward_pass_recomputes_changes_no_gradient(self):
         batch = tiny.batch(tiny.mesh(1, 1), rows=2)
 
-        def gradient(remat):
-            choices = dataclasses.replace(_CHOICES, remat=remat)
+        def gradient(remat, offload=False):
+            choices = dataclasses.replace(_CHOICES, remat=remat, offload_activations=offload)
 
             def loss(params):
                 hidden = _hidden(params, batch.inputs, batch.positions, batch.segments, choices)
                 return jnp.sum(jnp.sin(hidden))
 
-            return jax.jit(jax.grad(loss))(params)
+            options = {"xla_backend_optimization_level": 0}  # compiling takes the time
+            return jax.jit(jax.grad(loss), compiler_options=options)(params)
 
         with jax.set_mesh(tiny.mesh(1, 1)):
             params = _params()
             kept = gradient(Remat.NONE)
             for remat in (Remat.K2, Remat.FULL):
                 chex.assert_trees_all_close(gradient(remat), kept, rtol=1e-4, atol=1e-4)
+            offloaded = gradient(Remat.K2, offload=True)
+            chex.assert_trees_all_close(offloaded, kept, rtol=1e-4, atol=1e-4)
+
+    # Two stacks of layers. K2 keeps, beside a layer's input, three latents, attention's projected
+    # output, the gate and up products of the dense or shared layer, and what the kernels name.
+    @parameterized.parameters((Remat.FULL, 2, 2), (Remat.K2, 14, 24))
+    def test_what_is_kept_is_sent_to_host_memory(self, remat, least, most):
+        batch = tiny.batch(tiny.mesh(1, 1), rows=2)
+        choices = dataclasses.replace(_CHOICES, remat=remat, offload_activations=True)
+
+        def loss(params):
+            arguments = params, batch.inputs, batch.positions, batch.segments
+            return jnp.sum(_hidden(*arguments, choices))
+
+        with jax.set_mesh(tiny.mesh(1, 1)):
+            program = str(jax.make_jaxpr(jax.grad(loss))(jax.eval_shape(_params)))
+        self.assertBetween(program.count("devices=(MemorySpace.Host"), least, most)
 
     def test_recomputing_keeps_less_for_the_backward_pass(self):
         config = dataclasses.replace(tiny.MODEL, num_layers=9)

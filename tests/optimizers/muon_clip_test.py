@@ -1,5 +1,7 @@
+import dataclasses
 import functools
 import json
+import math
 import pathlib
 
 import chex
@@ -17,8 +19,13 @@ from kimi_jax.configs.optimizer import (
 )
 from kimi_jax.core import axes as ax
 from kimi_jax.core.param_spec import MATRIX, ROUTER, named_specs
+from kimi_jax.model import transformer
 from kimi_jax.optimizers import muon_clip as mc
+from kimi_jax.optimizers.matrix_views import matrix_views
+from kimi_jax.optimizers.muon import scale_by_muon
+from kimi_jax.parallel import placement
 from tests.optimizers import toy_plans
+from tests.support import compiled_text, tiny
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "optimizer"
 
@@ -198,6 +205,21 @@ class OneStepTest(parameterized.TestCase):
         router["selection_bias"] = jnp.zeros_like(router["selection_bias"])
         chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
+    @parameterized.parameters(0.0, 0.1)
+    def test_bfloat16_updates_meet_the_weights_in_float32(self, weight_decay):
+        plan = {"w_gate": PLAN["moe_blocks"]["feed_forward"]["shared"]["w_gate"]}
+        params, gradients = (toy_plans.random_like(plan, seed=s) for s in (0, 1))
+        options = config(weight_decay=weight_decay, max_grad_norm=None, peak=0.3)
+        optimizer = mc.muon_clip(options, plan, num_steps=100)
+        updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+        muon = scale_by_muon(options, plan)
+        direction, _ = jax.jit(muon.update)(gradients, muon.init(params))
+        self.assertEqual(direction["w_gate"].dtype, jnp.bfloat16)
+        direction = np.asarray(direction["w_gate"], np.float64)
+        expected = -0.3 * (direction + weight_decay * np.asarray(params["w_gate"], np.float64))
+        self.assertEqual(updates["w_gate"].dtype, jnp.float32)
+        np.testing.assert_allclose(updates["w_gate"], expected, rtol=1e-6, atol=1e-8)
+
     @parameterized.parameters(list(OptimizerName))
     def test_selection_biases_do_not_move(self, name):
         updates, _ = self.step(name)
@@ -251,6 +273,63 @@ class OneStepTest(parameterized.TestCase):
         updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
         values = np.linalg.svd(updates["w_router"], compute_uv=False) / (0.2 * 16**0.5)
         self.assertTrue(np.all((values > 0.6) & (values < 1.25)), values)
+
+
+class OffloadTest(absltest.TestCase):
+    def test_momentum_in_host_memory_changes_no_bit(self):
+        feed_forward = PLAN["moe_blocks"]["feed_forward"]
+        plan = {"w_gate": feed_forward["shared"]["w_gate"], "embedding": PLAN["embedding"]}
+        gradients = toy_plans.random_like(plan, seed=1)
+
+        def two_steps(offload_state):
+            optimizer = mc.muon_clip(config(offload_state=offload_state), plan, 100)
+            params = toy_plans.random_like(plan, seed=0)
+            state = jax.jit(optimizer.init)(params)
+            for _ in range(2):
+                updates, state = jax.jit(optimizer.update)(gradients, state, params)
+                params = optax.apply_updates(params, updates)
+            kinds = {
+                leaf.shape: leaf.sharding.memory_kind for leaf in jax.tree.leaves(state["rules"])
+            }
+            return params, kinds, mc.optimizer_metrics(state)
+
+        kept, kinds, metrics = two_steps(offload_state=False)
+        moved, moved_kinds, moved_metrics = two_steps(offload_state=True)
+        momentum, moments = plan["w_gate"].shape, plan["embedding"].shape
+        self.assertEqual((kinds[momentum], moved_kinds[momentum]), ("device", "pinned_host"))
+        self.assertEqual((kinds[moments], moved_kinds[moments]), ("device", "device"))
+        chex.assert_trees_all_equal((moved, moved_metrics), (kept, metrics))
+
+
+class CompiledUpdateTest(absltest.TestCase):
+    """What each of eight devices does in the update of a model that they divide evenly."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        model = dataclasses.replace(tiny.MODEL, num_layers=8, num_dense_layers=0, embed_dim=64)
+        cls.plan = transformer.specs(model)
+        optimizer = mc.muon_clip(config(), cls.plan, num_steps=100)
+        mesh = tiny.mesh(2, 4)
+        with jax.set_mesh(mesh):
+            params = placement.abstract_parameters(cls.plan, mesh)
+            step = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))
+            options = {"xla_backend_optimization_level": 0}  # it is read, not run
+            cls.text = step.lower(params, params).compile(options).as_text()
+
+    def test_no_all_gather_brings_a_stack_of_experts_together(self):
+        stack = self.plan.moe_blocks.feed_forward.experts.w_gate.size
+        self.assertLess(compiled_text.largest_result(self.text, "all-gather"), stack)
+        self.assertGreater(compiled_text.largest_result(self.text, "all-to-all"), 0)
+
+    def test_flops_are_those_of_the_iteration_on_each_matrix_once(self):
+        expected = 0
+        for view in matrix_views(self.plan, config().matrix_granularity):
+            short, long = sorted(view.matrix_shape)
+            # X X^T, A A and the polynomial times X, of which X is short x long.
+            expected += 5 * (4 * short**2 * long + 2 * short**3) * math.prod(view.stack_shape)
+        counted = 8 * compiled_text.dot_flops(self.text)
+        self.assertBetween(counted / expected, 0.95, 1.05)
 
 
 if __name__ == "__main__":

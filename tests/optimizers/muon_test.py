@@ -7,6 +7,7 @@ from absl.testing import absltest, parameterized
 
 from kimi_jax.configs.optimizer import (
     MatrixGranularity,
+    MomentumDtype,
     NewtonSchulzDtype,
     NewtonSchulzPreset,
     OptimizerConfig,
@@ -114,6 +115,35 @@ class MuonTest(parameterized.TestCase):
         _, state = self.run_steps(config())
         momentum = self.lookahead("w_out", nesterov=False)
         np.testing.assert_allclose(state.momentum["w_out"], momentum, rtol=1e-5, atol=1e-6)
+
+    @parameterized.parameters(True, False)
+    def test_momentum_in_bfloat16_is_rounded_once_and_only_when_stored(self, nesterov):
+        mu = np.float32(0.95)
+        updates, state = self.run_steps(
+            config(momentum_dtype=MomentumDtype.BFLOAT16, nesterov=nesterov)
+        )
+        for name, update in updates.items():
+            stored = np.zeros(update.shape, jnp.bfloat16)
+            for gradients in self.gradients:
+                gradient = np.asarray(gradients[name], np.float64)
+                momentum = mu * stored.astype(np.float64) + gradient
+                stored = momentum.astype(np.float32).astype(jnp.bfloat16)
+            ahead = gradient + mu * momentum if nesterov else momentum
+            rows = 8 if name == "w_out" else update.shape[0]
+            self.assertEqual(state.momentum[name].dtype, jnp.bfloat16)
+            np.testing.assert_array_equal(state.momentum[name], stored, err_msg=name)
+            np.testing.assert_allclose(
+                update.reshape(rows, -1),
+                orthogonal(ahead.reshape(rows, -1)),
+                atol=FLOAT32_ATOL,
+                err_msg=name,
+            )
+
+    @parameterized.parameters(list(NewtonSchulzDtype))
+    def test_updates_keep_the_format_of_the_products(self, dtype):
+        updates, state = self.run_steps(config(newton_schulz_dtype=dtype))
+        self.assertEqual({leaf.dtype for leaf in updates.values()}, {jnp.dtype(dtype.value)})
+        self.assertEqual({leaf.dtype for leaf in state.momentum.values()}, {jnp.dtype("float32")})
 
     @parameterized.product(
         mesh=[(1, 1, 1, 1, 1), (1, 2, 4, 1, 1), (2, 1, 1, 2, 2)], granularity=[FUSED, HEAD]

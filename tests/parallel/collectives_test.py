@@ -1,6 +1,7 @@
 import functools
 import math
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kimi_jax.configs.parallel import ParallelConfig
+from kimi_jax.parallel import collectives
 from kimi_jax.parallel.collectives import (
     first_of_tensor_share_per_shard,
     logsumexp_over_tensor_per_shard,
@@ -54,6 +56,11 @@ def oracle(x):
 
 def values(shape=SHAPE, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def chunks_of(matrices):
+    """Lets each device take at most this many matrices of SHAPE at a time."""
+    return mock.patch.object(collectives, "CHUNK_VALUES", matrices * math.prod(SHAPE[2:]))
 
 
 def count_operations(compiled, name):
@@ -128,6 +135,36 @@ class MapMatricesTest(parameterized.TestCase):
     @parameterized.product(mesh=MESHES, layout=LAYOUTS)
     def test_each_matrix_is_computed_once_in_the_whole_mesh(self, mesh, layout):
         self.check_computed_once(mesh, layout, SHAPE)
+
+    @parameterized.product(layout=LAYOUTS, count=[3, 5])
+    def test_chunks_give_what_the_whole_gives(self, layout, count):
+        shape = (count, *SHAPE[1:])
+        with set_mesh((2, 4)), chunks_of(2):
+            x = jax.device_put(values(shape), layout)
+            mapped = jax.jit(
+                lambda x: map_matrices(whole_matrix_rule, x, stack_dims=2, rotation=1)
+            )(x)
+            np.testing.assert_allclose(mapped, oracle(values(shape)), rtol=1e-4, atol=1e-4)
+
+    @parameterized.parameters((SHAPE,), ((3, 4, 16, 24),))
+    def test_chunks_compute_each_matrix_once(self, shape):
+        with chunks_of(1):
+            self.check_computed_once((2, 4), P(None, None, "data", "expert"), shape)
+
+    def test_chunks_need_less_memory(self):
+        def temporary_bytes():
+            with set_mesh((2, 4)):
+                x = jax.ShapeDtypeStruct(
+                    (32, *SHAPE[1:]), jnp.float32, sharding=P(None, None, "data", "expert")
+                )
+                mapped = jax.jit(
+                    lambda x: map_matrices(whole_matrix_rule, x, stack_dims=2), donate_argnums=0
+                )
+                return mapped.lower(x).compile().memory_analysis().temp_size_in_bytes
+
+        whole = temporary_bytes()
+        with chunks_of(4):
+            self.assertLess(temporary_bytes(), whole / 2)
 
     @parameterized.parameters((8, 1), (1, 8), (2, 4))
     def test_padding_is_not_computed(self, *mesh):

@@ -18,7 +18,7 @@ from tests.support import tiny
 CURSOR = {"step": 3, "stream": "abc"}
 
 
-def _filled(mesh, step):
+def _filled(mesh, step, config=None):
     """A state of random values, each leaf in its layout on `mesh`."""
     random = np.random.default_rng(step)
 
@@ -28,12 +28,12 @@ def _filled(mesh, step):
             host = random.standard_normal(leaf.shape).astype(np.float32)
         return jax.device_put(host.astype(leaf.dtype), leaf.sharding)
 
-    filled = jax.tree.map(fill, _like(mesh))
+    filled = jax.tree.map(fill, _like(mesh, config))
     return filled.replace(step=jax.device_put(jnp.int32(step), filled.step.sharding))
 
 
-def _like(mesh):
-    config = tiny.experiment()
+def _like(mesh, config=None):
+    config = config or tiny.experiment()
     plan = transformer.specs(config.model)
     with jax.set_mesh(mesh):
         return abstract_state(config, plan, make_optimizer(config, plan), mesh)
@@ -67,6 +67,23 @@ class CheckpointTest(absltest.TestCase):
             chex.assert_trees_all_equal(jax.device_get(restored), expected, strict=True)
             with Checkpointer(self.folder / str(number + 1), keep=1) as checkpoints:
                 checkpoints.save(restored, cursor)
+
+    def test_a_state_in_host_memory_is_restored_there(self):
+        config = tiny.experiment(optimizer={"offload_state": True})
+        like = _like(tiny.mesh(8, 1), config)
+        state = _filled(tiny.mesh(2, 4), 3, config)
+        expected = jax.device_get(state)
+        with Checkpointer(self.folder, keep=1) as checkpoints:
+            checkpoints.save(state, CURSOR)
+        with Checkpointer(self.folder, keep=1) as checkpoints:
+            restored, _ = checkpoints.restore(like)
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(restored.optimizer)}
+        self.assertEqual(kinds, {"device", "pinned_host"})
+        self.assertEqual(
+            jax.tree.map(lambda leaf: leaf.sharding, restored),
+            jax.tree.map(lambda leaf: leaf.sharding, like),
+        )
+        chex.assert_trees_all_equal(jax.device_get(restored), expected, strict=True)
 
     def test_overwriting_the_arrays_after_save_does_not_reach_the_checkpoint(self):
         mesh = tiny.mesh(2, 4)

@@ -1,0 +1,1 @@
+"""Numbers stored in fewer bits than they are computed in."""
