@@ -11,6 +11,7 @@ import contextlib
 import json
 import pathlib
 import resource
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from experiments import program
-from kimi_jax.analysis import costs, step_report, step_tables
+from kimi_jax.analysis import buffers, costs, step_report, step_tables
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.core.errors import KimiError
 from kimi_jax.parallel import topologies
@@ -39,6 +40,8 @@ _HLO = flags.DEFINE_string("hlo", None, "file for the text of the compiled progr
 flags.mark_flags_as_required(["config", "topology"])
 
 _PROGRESS_SECONDS = 15.0
+_LEAST_WIDTH = 140  # of the tables
+_NAMED_BUFFERS = 10  # of a program that does not fit
 
 
 class DoesNotFitError(KimiError):
@@ -53,7 +56,8 @@ def main() -> None:
     devices = topologies.absent_devices(_TOPOLOGY.value, _NUM_SLICES.value)
     report = compile_and_report(config, devices, chip)
     report = {"topology": _TOPOLOGY.value, "num_slices": _NUM_SLICES.value} | report
-    step_tables.print_tables(report, Console())
+    console = Console()
+    step_tables.print_tables(report, Console(width=max(console.width, _LEAST_WIDTH)))
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=1))
 
@@ -75,20 +79,21 @@ def compile_and_report(config: ExperimentConfig, devices: list, chip: costs.Chip
         with _timed("lowering", seconds):
             lowered = lower_train_step(config, plan, mesh)
             state = abstract_state(config, plan, make_optimizer(config, plan), mesh)
-        with _timed("compiling", seconds):
-            compiled = _compile(lowered, chip)
+        with tempfile.TemporaryDirectory() as folder, _timed("compiling", seconds):
+            compiled = _compile(lowered, chip, folder)
+            live = buffers.read_dump(pathlib.Path(folder))
     if _HLO.value:
         pathlib.Path(_HLO.value).write_text(compiled.as_text())
     with _timed("reading", seconds):
         report = step_report.step_report(
-            compiled, state, config=config, plan=plan, mesh=mesh, chip=chip
+            compiled, state, config=config, plan=plan, mesh=mesh, chip=chip, buffers=live
         )
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return report | {"tool": {"seconds": seconds, "peak_rss_bytes": peak_kib * 1024}}
 
 
-def _compile(lowered: Any, chip: costs.Chip) -> Any:
-    """Compiles.
+def _compile(lowered: Any, chip: costs.Chip, folder: str) -> Any:
+    """Compiles, and lets the compiler write its buffer assignment into a folder.
 
     Raises:
       DoesNotFitError: the program needs more memory than the device has.
@@ -96,20 +101,21 @@ def _compile(lowered: Any, chip: costs.Chip) -> Any:
     import jax
 
     try:
-        return lowered.compile()
+        return lowered.compile(buffers.dump_options(folder))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFitError(_too_large(str(error), chip)) from error
+        raise DoesNotFitError(_too_large(str(error), chip, folder)) from error
 
 
-def _too_large(message: str, chip: costs.Chip) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
+def _too_large(message: str, chip: costs.Chip, folder: str) -> str:
+    largest = buffers.read_dump(pathlib.Path(folder))[:_NAMED_BUFFERS]
+    listed = "".join(f"\n  {b.bytes / costs.GIB:8.3f} GiB  {b.shape}  {b.name}" for b in largest)
     return (
         f"the step does not fit a device of {chip.memory_bytes / costs.GIB:.1f} GiB. The compiler "
-        f"says: {' '.join(lines[:3])[:600]}\nWhat helps: more devices (parallel.data, "
-        "parallel.expert), compute.remat=full, a smaller compute.logits_chunk_tokens, more "
-        "training.accumulation_steps"
+        f"says: {message.splitlines()[0]}\nThe largest temporaries at the peak:{listed}\n"
+        "What helps: more devices (parallel.data, parallel.expert), compute.remat=full, a smaller "
+        "compute.logits_chunk_tokens, more training.accumulation_steps"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program does on one device: operations, memory traffic, communication, buffers.
+"""What a compiled program does on one device: operations, memory traffic, communication.
 
 All figures count loop bodies as often as they run, which XLA's own cost analysis does not.
 """
@@ -6,11 +6,11 @@ All figures count loop bodies as often as they run, which XLA's own cost analysi
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from kimi_jax.analysis import hlo, work
 from kimi_jax.analysis.collectives import Collective, collective
-from kimi_jax.analysis.executions import Executions, executions
+from kimi_jax.analysis.executions import executions
 from kimi_jax.analysis.hlo import Computation, Instruction, Module
 from kimi_jax.analysis.scopes import FORWARD, Scope, read_scope
 
@@ -52,23 +52,6 @@ class CollectiveSum:
 
 
 @dataclasses.dataclass(frozen=True)
-class Buffer:
-    """One large value.
-
-    Attributes:
-      bytes: its size, without the padding of tiles.
-      shape: such as bf16[8,128].
-      name: of the instruction that makes it.
-      operation_name: scopes and primitive it comes from.
-    """
-
-    bytes: int
-    shape: str
-    name: str
-    operation_name: str
-
-
-@dataclasses.dataclass(frozen=True)
 class ProgramReport:
     """What a program does on one device.
 
@@ -76,7 +59,6 @@ class ProgramReport:
       scopes: work by part of the program.
       collectives: communication by kind and mesh axes, the most bytes first.
       groups: for each combination of mesh axes, one group of devices that communicate.
-      buffers: the largest values in the main memory, arguments left out.
       unknown_loops: scopes of loops whose trip counts depend on data; counted as one trip.
       unknown_calls: targets of custom calls without a stated cost, with runs; counted as nothing.
     """
@@ -84,7 +66,6 @@ class ProgramReport:
     scopes: dict[Scope, Work]
     collectives: tuple[CollectiveSum, ...]
     groups: dict[tuple[str, ...], tuple[int, ...]]
-    buffers: tuple[Buffer, ...]
     unknown_loops: tuple[str, ...]
     unknown_calls: dict[str, float]
 
@@ -112,7 +93,6 @@ def read_program(
     device: int = 0,
     scope_depth: int = 4,
     skip_scopes: tuple[str, ...] = (),
-    num_buffers: int = 12,
 ) -> ProgramReport:
     """Reads the text of a compiled program.
 
@@ -122,7 +102,6 @@ def read_program(
       device: the device to report on; trip counts may depend on it.
       scope_depth: how many levels of named scopes to tell apart.
       skip_scopes: scopes to leave out of the names.
-      num_buffers: how many of the largest buffers to name.
     """
     return report_device(
         hlo.parse(text),
@@ -130,7 +109,6 @@ def read_program(
         device=device,
         scope_depth=scope_depth,
         skip_scopes=skip_scopes,
-        num_buffers=num_buffers,
     )
 
 
@@ -141,7 +119,6 @@ def report_device(
     device: int = 0,
     scope_depth: int = 4,
     skip_scopes: tuple[str, ...] = (),
-    num_buffers: int = 12,
 ) -> ProgramReport:
     """Reports on one device of a program that has been read; arguments as of `read_program`."""
     runs = executions(module, device=device, weight=functools.partial(_weight, module=module))
@@ -156,26 +133,46 @@ def report_device(
         inherited[name] = _ELSEWHERE
         if runs.callers[name] is not None:  # callers come before what they call
             caller, place = runs.callers[name]
-            inherited[name] = read(caller.operation_name) or inherited[place]
+            around = _scope_of(caller, module.computations[place], read)
+            inherited[name] = around or inherited[place]
         for instruction in computation.instructions.values():
             part, moved = _work_of(instruction, computation, module, axis_sizes, name in runs.fused)
             if part.flops is None:
                 unknown_calls[instruction.attribute("custom_call_target").strip('"')] += times
                 part.flops = 0.0
-            add_work(scopes[read(instruction.operation_name) or inherited[name]], part, times)
+            if part == Work():
+                continue
+            scope = _scope_of(instruction, computation, read) or inherited[name]
+            add_work(scopes[scope], part, times)
             if moved is not None:
                 groups.setdefault(moved.axes, tuple(moved.groups[0].tolist()))
                 sums[moved.kind, moved.axes][0] += times
                 sums[moved.kind, moved.axes][1] += times * moved.bytes
     collectives = [CollectiveSum(*key, *values) for key, values in sums.items()]
     return ProgramReport(
-        scopes={scope: part for scope, part in scopes.items() if part != Work()},
+        scopes=dict(scopes),
         collectives=tuple(sorted(collectives, key=lambda c: -c.bytes)),
         groups=groups,
-        buffers=_largest_buffers(module, runs, num_buffers),
         unknown_loops=tuple(loop.operation_name or loop.name for loop in runs.unknown_loops),
         unknown_calls=dict(unknown_calls),
     )
+
+
+def _scope_of(
+    instruction: Instruction,
+    computation: Computation,
+    read: Callable[[str], Scope | None],
+    steps: int = 3,
+) -> Scope | None:
+    """Returns an instruction's scope, or, as compilers leave names out, that of who reads it."""
+    scope = read(instruction.operation_name)
+    if scope is not None or steps == 0:
+        return scope
+    for user in computation.users[instruction.name]:
+        scope = _scope_of(user, computation, read, steps - 1)
+        if scope is not None:
+            return scope
+    return None
 
 
 def _work_of(
@@ -207,25 +204,3 @@ def _weight(computation: Computation, *, module: Module) -> float:
             if instruction.opcode in ("while", "conditional", "call", "fusion"):
                 total += _weight(module.computations[called], module=module)
     return total
-
-
-def _largest_buffers(module: Module, runs: Executions, count: int) -> tuple[Buffer, ...]:
-    """Finds the largest results of instructions that make new values in the main memory."""
-    views = ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
-    found = []
-    for name in runs.counts:
-        if name in runs.fused:
-            continue
-        for instruction in module.computations[name].instructions.values():
-            opcode = instruction.opcode
-            if opcode in views or opcode.endswith(("-start", "-update")):
-                continue
-            for array in instruction.arrays:
-                if array.main_memory_bytes:
-                    shape = f"{array.type}[{','.join(map(str, array.dims))}]"
-                    found.append(
-                        Buffer(array.bytes, shape, instruction.name, instruction.operation_name)
-                    )
-    # Of values with the same shape and origin, one line is enough.
-    unique = {(buffer.shape, buffer.operation_name): buffer for buffer in found}
-    return tuple(sorted(unique.values(), key=lambda buffer: -buffer.bytes)[:count])

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from kimi_jax.analysis import costs, hlo
+from kimi_jax.analysis.buffers import Buffer, name_operations
 from kimi_jax.analysis.compiled_program import ProgramReport, report_device
 from kimi_jax.analysis.expected_flops import expected_flops
 from kimi_jax.analysis.scopes import BACKWARD, FORWARD, RECOMPUTED
@@ -22,6 +23,7 @@ OPTIMIZER = "optimizer"
 NEWTON_SCHULZ = "newton_schulz"
 _OUTERMOST_SCOPE = "train_step"
 _SAMPLED_DEVICES = 16
+_BUFFERS = 20  # that are named
 
 
 def step_report(
@@ -32,6 +34,7 @@ def step_report(
     plan: Any,
     mesh: jax.sharding.Mesh,
     chip: costs.Chip,
+    buffers: tuple[Buffer, ...],
 ) -> Report:
     """Gathers the figures of a compiled step, ready for JSON; bytes, seconds and operations.
 
@@ -42,6 +45,7 @@ def step_report(
       plan: specs of the parameters.
       mesh: the devices it was compiled for.
       chip: what one of them can do.
+      buffers: the temporaries where they are the most.
     """
     sizes = dict(mesh.shape)
     module = hlo.parse(compiled.as_text())
@@ -57,7 +61,9 @@ def step_report(
         "mesh": sizes,
         "devices": mesh.size,
         "memory": memory(compiled, state, chip),
-        "buffers": [dataclasses.asdict(buffer) for buffer in slowest.buffers],
+        "buffers": [
+            dataclasses.asdict(buffer) for buffer in name_operations(buffers, module)[:_BUFFERS]
+        ],
         "collectives": [
             dataclasses.asdict(c) | {"seconds": c.bytes / bandwidths[c.axes]}
             for c in slowest.collectives

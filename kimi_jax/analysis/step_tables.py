@@ -42,7 +42,7 @@ def _memory(memory: dict[str, float]) -> Table:
 
 
 def _buffers(buffers: list[dict[str, Any]]) -> Table:
-    table = _table("Largest values (result sizes; not all live at once)", "", "GiB", "shape")
+    table = _table("Temporaries where they are the most", "", "GiB", "shape")
     for buffer in buffers:
         name = buffer["operation_name"] or buffer["name"]
         table.add_row(name, _gib(buffer["bytes"]), buffer["shape"])
