@@ -124,7 +124,7 @@ def report_device(
     runs = executions(module, device=device, weight=functools.partial(_weight, module=module))
     read = functools.partial(read_scope, depth=scope_depth, skip=skip_scopes)
     scopes: dict[Scope, Work] = collections.defaultdict(Work)
-    sums: dict[tuple[str, tuple[str, ...]], list[float]] = collections.defaultdict(lambda: [0, 0])
+    sums: dict[tuple[str, tuple[str, ...]], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     groups: dict[tuple[str, ...], tuple[int, ...]] = {}
     unknown_calls: collections.Counter[str] = collections.Counter()
     inherited: dict[str, Scope] = {}
@@ -137,9 +137,8 @@ def report_device(
             inherited[name] = around or inherited[place]
         for instruction in computation.instructions.values():
             part, moved = _work_of(instruction, computation, module, axis_sizes, name in runs.fused)
-            if part.flops is None:
+            if work.flops(instruction, computation) is None:
                 unknown_calls[instruction.attribute("custom_call_target").strip('"')] += times
-                part.flops = 0.0
             if part == Work():
                 continue
             scope = _scope_of(instruction, computation, read) or inherited[name]
@@ -162,17 +161,18 @@ def _scope_of(
     instruction: Instruction,
     computation: Computation,
     read: Callable[[str], Scope | None],
-    steps: int = 3,
+    steps: int = 2,
 ) -> Scope | None:
-    """Returns an instruction's scope, or, as compilers leave names out, that of who reads it."""
+    """Returns an instruction's scope, or, as compilers leave names out, its neighbours' deepest."""
     scope = read(instruction.operation_name)
     if scope is not None or steps == 0:
         return scope
-    for user in computation.users[instruction.name]:
-        scope = _scope_of(user, computation, read, steps - 1)
-        if scope is not None:
-            return scope
-    return None
+    operands = [computation.instructions[name] for name in instruction.operands]
+    found = (
+        _scope_of(neighbour, computation, read, steps - 1)
+        for neighbour in computation.users[instruction.name] + operands
+    )
+    return max(filter(None, found), key=lambda scope: scope.name.count("/"), default=None)
 
 
 def _work_of(
@@ -186,8 +186,8 @@ def _work_of(
     moved = collective(instruction, computation, axis_sizes)
     return (
         Work(
-            flops=work.flops(instruction, computation),
-            bytes=0.0 if fused else work.main_memory_bytes(instruction, computation, module),
+            flops=work.flops(instruction, computation) or 0.0,
+            bytes=0.0 if fused else float(work.main_memory_bytes(instruction, computation, module)),
             sent={} if moved is None else {moved.axes: moved.bytes},
         ),
         moved,

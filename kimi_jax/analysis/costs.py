@@ -23,7 +23,7 @@ class Chip:
     """
 
     flops: float
-    memory_bytes: float
+    memory_bytes: int
     memory_bandwidth: float
     link_bandwidth: float
     network_bandwidth: float
@@ -59,7 +59,7 @@ CHIPS: Mapping[str, Chip] = {
     ),
     "tpu7x": Chip(
         flops=2307e12 / 2,
-        memory_bytes=192 * GIB / 2,
+        memory_bytes=192 * GIB // 2,
         memory_bandwidth=7380e9 / 2,
         link_bandwidth=1200e9 / 2 / 3 / 2,
         network_bandwidth=100e9 / 8 / 2,
@@ -73,7 +73,7 @@ CHIPS: Mapping[str, Chip] = {
     ),
     "h200": Chip(
         flops=989e12,
-        memory_bytes=141e9,
+        memory_bytes=141 * 10**9,
         memory_bandwidth=4800e9,
         link_bandwidth=450e9,
         network_bandwidth=50e9,

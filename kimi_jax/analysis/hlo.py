@@ -108,7 +108,7 @@ class Instruction:
         return tuple(int(number) for number in re.findall(r"\d+", self.attribute(name)))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Computation:
     """A sequence of instructions: the entry, the body of a loop, or what a fusion computes."""
 
@@ -137,7 +137,7 @@ class Computation:
         return users
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Module:
     """All computations of a compiled program."""
 

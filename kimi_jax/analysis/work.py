@@ -82,7 +82,7 @@ def is_free_custom_call(instruction: Instruction) -> bool:
     return instruction.attribute("custom_call_target").strip('"') in _FREE_TARGETS
 
 
-def main_memory_bytes(instruction: Instruction, computation: Computation, module: Module) -> float:
+def main_memory_bytes(instruction: Instruction, computation: Computation, module: Module) -> int:
     """Counts the bytes that an instruction reads from and writes to the main memory.
 
     Operands and results that the compiler keeps on the chip cost nothing. Where only a part of an
@@ -90,9 +90,9 @@ def main_memory_bytes(instruction: Instruction, computation: Computation, module
     """
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
-        return 0.0
+        return 0
     if opcode == "custom-call" and is_free_custom_call(instruction):
-        return 0.0
+        return 0
     if opcode == "fusion":
         fused = module.computations[instruction.called[0]]
         reads = sum(
@@ -104,15 +104,15 @@ def main_memory_bytes(instruction: Instruction, computation: Computation, module
         return reads + _written_bytes(fused, instruction)
     written = sum(array.main_memory_bytes for array in instruction.arrays)
     if opcode in ("dynamic-slice", "slice", "gather"):
-        return 2.0 * written
+        return 2 * written
     if opcode == "dynamic-update-slice":
-        return 2.0 * _operand_bytes(instruction.operands[1], computation)
+        return 2 * _operand_bytes(instruction.operands[1], computation)
     if opcode == "scatter":
-        return 3.0 * _operand_bytes(instruction.operands[-1], computation)
+        return 3 * _operand_bytes(instruction.operands[-1], computation)
     reads = sum(_operand_bytes(operand, computation) for operand in instruction.operands)
     if opcode.endswith("-start"):  # the result names the operands again
         written = max(written - reads, 0)
-    return float(reads + written)
+    return reads + written
 
 
 def _values(instruction: Instruction) -> int:
@@ -212,23 +212,23 @@ def _parameters_in_order(computation: Computation) -> list[Instruction]:
     return [computation.parameters[number] for number in sorted(computation.parameters)]
 
 
-def _read_bytes(computation: Computation, parameter: Instruction, module: Module) -> float:
+def _read_bytes(computation: Computation, parameter: Instruction, module: Module) -> int:
     """Counts what a fused computation reads of one of its arguments."""
     whole = sum(array.bytes for array in parameter.arrays)
-    read = 0.0
+    read = 0
     for user in computation.users[parameter.name]:
         read += _read_by(user, parameter, computation, module, whole)
     return min(read, whole)
 
 
 def _read_by(
-    user: Instruction, source: Instruction, computation: Computation, module: Module, whole: float
-) -> float:
+    user: Instruction, source: Instruction, computation: Computation, module: Module, whole: int
+) -> int:
     positions = [n for n, name in enumerate(user.operands) if name == source.name]
     if user.opcode in ("dynamic-slice", "slice", "gather") and positions == [0]:
         return sum(array.bytes for array in user.arrays)
     if user.opcode in ("dynamic-update-slice", "scatter") and positions == [0]:
-        return 0.0
+        return 0
     if user.opcode in _VIEWS:
         users = computation.users[user.name]
         return sum(_read_by(u, user, computation, module, whole) for u in users) if users else whole
@@ -239,11 +239,11 @@ def _read_by(
     return whole
 
 
-def _written_bytes(computation: Computation, fusion: Instruction) -> float:
+def _written_bytes(computation: Computation, fusion: Instruction) -> int:
     """Counts what a fusion writes; an update in place writes only what it updates."""
     root = computation.root
     names = root.operands if root.opcode == "tuple" else (root.name,)
-    written = 0.0
+    written = 0
     for name, array in zip(names, fusion.arrays, strict=True):
         source = computation.instructions[name]
         while source.opcode == "bitcast":
@@ -253,7 +253,7 @@ def _written_bytes(computation: Computation, fusion: Instruction) -> float:
             written += update.bytes
         elif array.main_memory_bytes and source.opcode == "scatter":
             # Rows are added to: read and written.
-            written += 2.0 * computation.instructions[source.operands[-1]].arrays[0].bytes
+            written += 2 * computation.instructions[source.operands[-1]].arrays[0].bytes
         else:
             written += array.main_memory_bytes
     return written

@@ -80,18 +80,18 @@ def absent_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     raise ConfigError(f"topology {topology!r} is unknown; {_FORMS}")
 
 
-def lowering_platform(device: jax.Device) -> str:
+def lowering_platform(device: Any) -> str:
     """Names a device's platform as `lower(lowering_platforms=...)` wants it."""
     return "cuda" if device.platform == "gpu" else device.platform
 
 
-def torus_dimensions(devices: Sequence[jax.Device]) -> int:
+def torus_dimensions(devices: Sequence[Any]) -> int:
     """Counts the dimensions of the chips' torus along which a group of TPUs is spread."""
     places = [tuple(device.coords) for device in devices]
     return sum(len(set(along)) > 1 for along in zip(*places, strict=True))
 
 
-def spans_network(devices: Sequence[jax.Device]) -> bool:
+def spans_network(devices: Sequence[Any]) -> bool:
     """True if a group of devices must talk over the data-centre network: slices, or GPU nodes."""
     if devices[0].platform == "tpu":
         return len({getattr(device, "slice_index", 0) for device in devices}) > 1
