@@ -110,7 +110,10 @@ def _compile(lowered: Any, chip: costs.Chip, folder: str) -> Any:
 
 def _too_large(message: str, chip: costs.Chip, folder: str) -> str:
     largest = buffers.read_dump(pathlib.Path(folder))[:_NAMED_BUFFERS]
-    listed = "".join(f"\n  {b.bytes / costs.GIB:8.3f} GiB  {b.shape}  {b.name}" for b in largest)
+    listed = "".join(
+        f"\n  {b.bytes / costs.GIB:8.3f} GiB  {b.shape}  {b.operation_name or b.name}"
+        for b in largest
+    )
     return (
         f"the step does not fit a device of {chip.memory_bytes / costs.GIB:.1f} GiB. The compiler "
         f"says: {message.splitlines()[0]}\nThe largest temporaries at the peak:{listed}\n"

@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 import re
 
-from kimi_jax.analysis.hlo import Module
+from kimi_jax.analysis import hlo
 
 _ALLOCATION = re.compile(r"^allocation \d+: size \d+(?P<kind>.*)$")
 _VALUE = re.compile(
@@ -44,6 +44,8 @@ def dump_options(folder: str) -> dict[str, str | bool]:
 def read_dump(folder: pathlib.Path) -> tuple[Buffer, ...]:
     """Reads the dump of the largest program in a folder; see `buffers_at_peak`.
 
+    Works for programs that do not fit, too: the compiler writes before it gives up.
+
     Raises:
       FileNotFoundError: the compiler has written no buffer assignment.
     """
@@ -54,7 +56,9 @@ def read_dump(folder: pathlib.Path) -> tuple[Buffer, ...]:
         raise FileNotFoundError(f"the compiler has written no buffer assignment into {folder}")
     stem = assignments[0].name.removesuffix("buffer-assignment.txt")
     live_ranges = (folder / f"{stem}live-range.txt").read_text()
-    return buffers_at_peak(assignments[0].read_text(), live_ranges)
+    found = buffers_at_peak(assignments[0].read_text(), live_ranges)
+    program = folder / f"{stem.removesuffix('-')}.txt"
+    return name_operations(found, hlo.parse(program.read_text()))
 
 
 def buffers_at_peak(assignment: str, live_ranges: str) -> tuple[Buffer, ...]:
@@ -88,7 +92,7 @@ def buffers_at_peak(assignment: str, live_ranges: str) -> tuple[Buffer, ...]:
     return tuple(sorted(places.values(), key=lambda buffer: -buffer.bytes))
 
 
-def name_operations(buffers: tuple[Buffer, ...], module: Module) -> tuple[Buffer, ...]:
+def name_operations(buffers: tuple[Buffer, ...], module: hlo.Module) -> tuple[Buffer, ...]:
     """Adds where in the program each buffer's instruction comes from."""
     names = {
         name: instruction.operation_name

@@ -124,7 +124,9 @@ def report_device(
     runs = executions(module, device=device, weight=functools.partial(_weight, module=module))
     read = functools.partial(read_scope, depth=scope_depth, skip=skip_scopes)
     scopes: dict[Scope, Work] = collections.defaultdict(Work)
-    sums: dict[tuple[str, tuple[str, ...]], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    sums: dict[tuple[str, tuple[str, ...]], list[float]] = collections.defaultdict(
+        lambda: [0.0, 0.0]
+    )
     groups: dict[tuple[str, ...], tuple[int, ...]] = {}
     unknown_calls: collections.Counter[str] = collections.Counter()
     inherited: dict[str, Scope] = {}

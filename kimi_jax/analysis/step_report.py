@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from kimi_jax.analysis import costs, hlo
-from kimi_jax.analysis.buffers import Buffer, name_operations
+from kimi_jax.analysis.buffers import Buffer
 from kimi_jax.analysis.compiled_program import ProgramReport, report_device
 from kimi_jax.analysis.expected_flops import expected_flops
 from kimi_jax.analysis.scopes import BACKWARD, FORWARD, RECOMPUTED
@@ -61,9 +61,7 @@ def step_report(
         "mesh": sizes,
         "devices": mesh.size,
         "memory": memory(compiled, state, chip),
-        "buffers": [
-            dataclasses.asdict(buffer) for buffer in name_operations(buffers, module)[:_BUFFERS]
-        ],
+        "buffers": [dataclasses.asdict(buffer) for buffer in buffers[:_BUFFERS]],
         "collectives": [
             dataclasses.asdict(c) | {"seconds": c.bytes / bandwidths[c.axes]}
             for c in slowest.collectives

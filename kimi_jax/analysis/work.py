@@ -242,7 +242,7 @@ def _read_by(
 def _written_bytes(computation: Computation, fusion: Instruction) -> int:
     """Counts what a fusion writes; an update in place writes only what it updates."""
     root = computation.root
-    names = root.operands if root.opcode == "tuple" else (root.name,)
+    names = root.operands if root.opcode == "tuple" else (root.name,) * len(fusion.arrays)
     written = 0
     for name, array in zip(names, fusion.arrays, strict=True):
         source = computation.instructions[name]

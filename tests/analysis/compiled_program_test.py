@@ -106,9 +106,7 @@ class WorkTest(absltest.TestCase):
             return jax.lax.cond(which, lambda: x @ w, lambda: x @ w @ w + x @ (w @ w))
 
         text = _text(either, jax.ShapeDtypeStruct((), bool), _X, _W)
-        self.assertEqual(
-            read_program(text, _ONE).total.flops, 3 * _PRODUCT + 2 * 16 * 16 * 16
-        )
+        self.assertEqual(read_program(text, _ONE).total.flops, 3 * _PRODUCT + 2 * 16 * 16 * 16)
 
     def test_batched_products_count_every_matrix(self):
         x = jax.ShapeDtypeStruct((5, 8, 16), jnp.float32)
