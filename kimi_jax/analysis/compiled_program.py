@@ -147,8 +147,8 @@ def report_device(
             add_work(scopes[scope], part, times)
             if moved is not None:
                 groups.setdefault(moved.axes, tuple(moved.groups[0].tolist()))
-                sums[moved.kind, moved.axes][0] += times
-                sums[moved.kind, moved.axes][1] += times * moved.bytes
+                count, sent = sums.get((moved.kind, moved.axes), (0.0, 0.0))
+                sums[moved.kind, moved.axes] = count + times, sent + times * moved.bytes
     collectives = [CollectiveSum(*key, *values) for key, values in sums.items()]
     return ProgramReport(
         scopes=dict(scopes),
