@@ -25,8 +25,18 @@ class Implementation(enum.Enum):
     """Which kernels compute attention and the experts."""
 
     AUTO = "auto"  # the fastest for the platform
-    XLA = "xla"  # plain XLA, everywhere
+    XLA = "xla"  # plain XLA, shaped for CPUs
+    XLA_ACCELERATOR = "xla_accelerator"  # plain XLA, in products as large as TPUs and GPUs like
     REFERENCE = "reference"  # the shortest correct program; slow, for tests
+
+
+class Exchange(enum.Enum):
+    """How tokens reach the devices of their experts."""
+
+    AUTO = "auto"  # gather on a CPU, ragged elsewhere
+    GATHER = "gather"  # every device sees all tokens of the expert axis
+    PADDED = "padded"  # all-to-all in equal parts
+    RAGGED = "ragged"  # all-to-all in parts of their true sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,13 +49,19 @@ class ComputeConfig:
       implementation: which kernels run; a named one runs or raises.
       logits_chunk_tokens: tokens a device turns into logits at a time, so that memory never holds
         all of them; None keeps them together.
+      exchange: how tokens reach the devices of their experts.
+      exchange_capacity: room for tokens sent to experts, as a multiple of an even load; tokens that
+        find none are dropped and counted (`experts/dropped`). None has room for the worst case.
+        Without effect on `gather`, which never drops.
     """
 
     dtype: ComputeDtype = ComputeDtype.BFLOAT16
     remat: Remat = Remat.NONE
     implementation: Implementation = Implementation.AUTO
     logits_chunk_tokens: int | None = None
+    exchange: Exchange = Exchange.AUTO
+    exchange_capacity: float | None = None
 
     def __post_init__(self):
         check_fields(self, "compute")
-        require_positive(self, "compute", "logits_chunk_tokens")
+        require_positive(self, "compute", "logits_chunk_tokens", "exchange_capacity")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kimi_jax.configs.compute import Implementation
+from kimi_jax.core.platform import target_platform
 
 
 def select(
@@ -15,14 +16,18 @@ def select(
 
     Args:
       kernel: the operation's name, for the message.
-      implementation: AUTO takes the fastest that the platform has, today plain XLA everywhere; any
+      implementation: AUTO takes the fastest that the platform has: the XLA program written for
+        accelerators, where the operation has one and the devices are no CPU, and XLA otherwise. Any
         other runs or raises, so that a measurement never silently measures something else.
       available: the operation's implementations.
 
     Raises:
       NotImplementedError: the named implementation does not exist for this operation.
     """
-    chosen = Implementation.XLA if implementation is Implementation.AUTO else implementation
+    chosen = implementation
+    if implementation is Implementation.AUTO:
+        on_cpu = target_platform() == "cpu" or Implementation.XLA_ACCELERATOR not in available
+        chosen = Implementation.XLA if on_cpu else Implementation.XLA_ACCELERATOR
     if chosen not in available:
         names = ", ".join(repr(option.value) for option in available)
         raise NotImplementedError(

@@ -53,8 +53,8 @@ def block(
     normalised = norm.rms_norm(params.feed_forward_norm, x, eps=config.norm_eps)
     if isinstance(params.feed_forward, moe.MoeParams):
         y, routed = moe.moe(params.feed_forward, normalised, config=config, choices=choices)
-        stats = BlockStats(max_logit, routed.expert_load, routed.balance_loss)
+        stats = BlockStats(max_logit, routed.expert_load, routed.dropped, routed.balance_loss)
     else:
         y = feed_forward.feed_forward(params.feed_forward, normalised)
-        stats = BlockStats(max_logit, expert_load=None, balance_loss=None)
+        stats = BlockStats(max_logit, expert_load=None, dropped=None, balance_loss=None)
     return x + y, stats

@@ -29,7 +29,8 @@ class MoeParams:
 class MoeStats:
     """What routing did."""
 
-    expert_load: Leaf  # [shards, E] float32: tokens each device sent to each expert
+    expert_load: Leaf  # [shards, E] float32: tokens each device's router gave to each expert
+    dropped: Leaf  # [shards] float32: assignments that found no room in the exchange
     balance_loss: Leaf  # [B] float32
 
 
@@ -75,19 +76,22 @@ def _routed_per_shard(
     """Routes this device's tokens and computes the routed experts' sum for them."""
     tokens = x.reshape(-1, x.shape[-1])
     routing = router.route(router_params, tokens, config=config)
-    y = exchange_per_shard(
+    y, dropped = exchange_per_shard(
         functools.partial(experts.experts, expert_params, implementation=choices.implementation),
         tokens,
         routing.expert_ids,
         routing.weights,
         num_local_experts=expert_params.w_gate.shape[0],
+        choices=choices,
     )
     chosen = _one_hot_sum(routing.expert_ids, config.num_routed_experts)
     per_sequence = (x.shape[0], x.shape[1], config.num_routed_experts)
     balance = sequence_balance_loss(
         routing.scores.reshape(per_sequence), chosen.reshape(per_sequence), config=config
     )
-    stats = MoeStats(expert_load=jnp.sum(chosen, axis=0)[None], balance_loss=balance)
+    stats = MoeStats(
+        expert_load=jnp.sum(chosen, axis=0)[None], dropped=dropped[None], balance_loss=balance
+    )
     return y.reshape(x.shape), stats
 
 

@@ -28,7 +28,8 @@ class BlockStats:
     """
 
     max_logit: Leaf  # [B, N] largest attention logit of each sequence and head
-    expert_load: Leaf  # [shards, E] tokens each device sent to each expert
+    expert_load: Leaf  # [shards, E] tokens each device's router gave to each expert
+    dropped: Leaf  # [shards] assignments that found no room in the expert exchange
     balance_loss: Leaf  # [B] sequence-wise balance loss
 
 
@@ -38,16 +39,19 @@ class ModelStats:
 
     max_logit: Leaf = _reduced_by("max")  # [L, N] float32
     expert_load: Leaf = _reduced_by("sum")  # [L_moe, E] float32: assignments; None without experts
+    dropped: Leaf = _reduced_by("sum")  # scalar: assignments, over layers; None likewise
     balance_loss: Leaf = _reduced_by("sum")  # scalar, over sequences and layers; None likewise
 
 
 def reduce_blocks(stacks: list[BlockStats]) -> ModelStats:
     """Reduces stacked block statistics (leading axis L) over sequences and devices."""
     loads = [s.expert_load for s in stacks if s.expert_load is not None]
+    dropped = [s.dropped for s in stacks if s.dropped is not None]
     losses = [s.balance_loss for s in stacks if s.balance_loss is not None]
     return ModelStats(
         max_logit=jnp.concatenate([jnp.max(s.max_logit, axis=1) for s in stacks]),
         expert_load=jnp.sum(loads[0], axis=1) if loads else None,
+        dropped=jnp.sum(dropped[0]) if dropped else None,
         balance_loss=jnp.sum(losses[0]) if losses else None,
     )
 

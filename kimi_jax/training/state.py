@@ -67,7 +67,9 @@ def abstract_state(
     What a checkpoint is restored into: a state saved on one mesh lands on another by its names.
     """
     create = functools.partial(_create, config=config, plan=plan, transformation=transformation)
-    shapes = jax.eval_shape(lambda: create(_root_key(config)))
+    # Nothing is computed, since the mesh's devices may be absent.
+    key = jax.eval_shape(lambda: _root_key(config))
+    shapes = jax.eval_shape(create, jax.ShapeDtypeStruct(key.shape, key.dtype))
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # Scalars come out of eval_shape without a sharding.

@@ -205,4 +205,5 @@ def _metrics(
     if stats.expert_load is not None:
         metrics["experts/max_violation"] = jnp.max(load_balance.max_violation(stats.expert_load))
         metrics["expert_load"] = stats.expert_load
+        metrics["experts/dropped"] = stats.dropped
     return metrics | muon_clip.optimizer_metrics(state.optimizer)

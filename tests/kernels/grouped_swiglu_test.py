@@ -14,6 +14,8 @@ from tests.support.gradients import (
 )
 from tests.support.swiglu_oracle import swiglu_oracle
 
+_XLA = (Implementation.XLA, Implementation.XLA_ACCELERATOR)
+
 
 def _inputs(case):
     """Float64 operands (x, w_gate, w_up, w_down, weights), expert ids, and a cotangent."""
@@ -46,24 +48,33 @@ def _run(operands, ids, d_y, dtype, implementation=Implementation.XLA):
 
 class GroupedSwigluTest(parameterized.TestCase):
     @parameterized.product(
-        name=list(cases.TOY), implementation=[Implementation.XLA, Implementation.REFERENCE]
+        name=list(cases.TOY),
+        implementation=[
+            Implementation.XLA,
+            Implementation.XLA_ACCELERATOR,
+            Implementation.REFERENCE,
+        ],
     )
     def test_sum_and_gradients_equal_a_loop_over_experts_in_float64(self, name, implementation):
         operands, ids, d_y = _inputs(cases.TOY[name])
         self._check(operands, ids, d_y, jnp.float32, FLOAT32_TOLERANCE, implementation)
 
-    def test_all_tokens_to_one_expert(self):
+    @parameterized.parameters(*_XLA)
+    def test_all_tokens_to_one_expert(self, implementation):
         operands, ids, d_y = _inputs(cases.TOY["several_tiles"])
         ids = np.stack([np.full(len(ids), 1), np.full(len(ids), -1)], axis=1)
-        self._check(operands, ids, d_y, jnp.float32, FLOAT32_TOLERANCE)
+        self._check(operands, ids, d_y, jnp.float32, FLOAT32_TOLERANCE, implementation)
 
-    def test_one_expert_twice_for_a_token_counts_twice(self):
+    @parameterized.parameters(*_XLA)
+    def test_one_expert_twice_for_a_token_counts_twice(self, implementation):
         operands, ids, d_y = _inputs(cases.TOY["several_tiles"])
-        self._check(operands, np.zeros_like(ids), d_y, jnp.float32, FLOAT32_TOLERANCE)
+        ids = np.zeros_like(ids)
+        self._check(operands, ids, d_y, jnp.float32, FLOAT32_TOLERANCE, implementation)
 
-    def test_bfloat16_sum_and_gradients_are_near_float64(self):
+    @parameterized.parameters(*_XLA)
+    def test_bfloat16_sum_and_gradients_are_near_float64(self, implementation):
         operands, ids, d_y = _inputs(cases.TOY["several_tiles"])
-        self._check(operands, ids, d_y, jnp.bfloat16, BFLOAT16_TOLERANCE)
+        self._check(operands, ids, d_y, jnp.bfloat16, BFLOAT16_TOLERANCE, implementation)
 
     def _check(self, operands, ids, d_y, dtype, tolerance, implementation=Implementation.XLA):
         actual = jax.tree.leaves(_run(operands, ids, d_y, dtype, implementation))
@@ -72,12 +83,15 @@ class GroupedSwigluTest(parameterized.TestCase):
         for a, b in zip(actual, expected, strict=True):
             assert_close(a, b, tolerance)
 
-    def test_an_absent_assignment_changes_nothing_even_where_all_it_has_is_infinite(self):
+    @parameterized.parameters(*_XLA)
+    def test_an_absent_assignment_changes_nothing_even_where_all_it_has_is_infinite(
+        self, implementation
+    ):
         operands, _, d_y = _inputs(cases.TOY["odd_sizes"])
         ids = np.full((37, 3), 7)
         ids[0] = [0, 7, 1]
         operands[0][1:], operands[4][1:], d_y[1:] = np.inf, np.inf, np.inf
-        y, gradients = _run(operands, ids, d_y, jnp.float32)
+        y, gradients = _run(operands, ids, d_y, jnp.float32, implementation)
         np.testing.assert_array_equal(y[1:], 0.0)
         np.testing.assert_array_equal(gradients[0][1:], 0.0)
         self.assertTrue(all(np.all(np.isfinite(g)) for g in gradients))

@@ -76,7 +76,12 @@ def _run(operands, segments, d_out, dtype, implementation=Implementation.XLA):
 
 class MlaAttentionTest(parameterized.TestCase):
     @parameterized.product(
-        name=list(cases.TOY), implementation=[Implementation.XLA, Implementation.REFERENCE]
+        name=list(cases.TOY),
+        implementation=[
+            Implementation.XLA,
+            Implementation.XLA_ACCELERATOR,
+            Implementation.REFERENCE,
+        ],
     )
     def test_output_maximum_and_gradients_equal_float64(self, name, implementation):
         operands, segments, d_out = _inputs(cases.TOY[name])
@@ -85,28 +90,39 @@ class MlaAttentionTest(parameterized.TestCase):
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert_close(a, b, FLOAT32_TOLERANCE)
 
-    @parameterized.parameters("one_block", "ragged_blocks")
-    def test_bfloat16_output_maximum_and_gradients_are_near_float64(self, name):
+    @parameterized.product(
+        name=["one_block", "ragged_blocks"],
+        implementation=[Implementation.XLA, Implementation.XLA_ACCELERATOR],
+    )
+    def test_bfloat16_output_maximum_and_gradients_are_near_float64(self, name, implementation):
         operands, segments, d_out = _inputs(cases.TOY[name])
-        out, max_logit, gradients = _run(operands, segments, d_out, jnp.bfloat16)
+        out, max_logit, gradients = _run(operands, segments, d_out, jnp.bfloat16, implementation)
         self.assertEqual(max_logit.dtype, jnp.float32)
         expected = _oracle(*operands, segments, d_out)
         for a, b in zip((out, max_logit, *gradients), jax.tree.leaves(expected), strict=True):
             assert_close(a, b, BFLOAT16_TOLERANCE)
 
-    @parameterized.parameters("odd_strips", "ragged_blocks")
-    def test_a_head_whose_logits_are_all_negative_has_a_negative_maximum(self, name):
+    @parameterized.product(
+        name=["odd_strips", "ragged_blocks"],
+        implementation=[Implementation.XLA, Implementation.XLA_ACCELERATOR],
+    )
+    def test_a_head_whose_logits_are_all_negative_has_a_negative_maximum(
+        self, name, implementation
+    ):
         operands, segments, _ = _inputs(cases.TOY[name])
         q_nope, q_rope, k_nope, k_rope, value = operands
         q_nope, k_nope, q_rope = 1.0 + np.abs(q_nope), -1.0 - np.abs(k_nope), 0.0 * q_rope
         expected = _oracle(q_nope, q_rope, k_nope, k_rope, value, segments, value)[1]
         self.assertLess(expected.max(), -1.0)
         operands = (q_nope, q_rope, k_nope, k_rope, value)
-        _, actual, _ = _run(operands, segments, value, jnp.float32)
+        _, actual, _ = _run(operands, segments, value, jnp.float32, implementation)
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
-    @parameterized.parameters("one_block", "ragged_blocks")
-    def test_larger_logits_behind_the_mask_do_not_reach_the_maximum(self, name):
+    @parameterized.product(
+        name=["one_block", "ragged_blocks"],
+        implementation=[Implementation.XLA, Implementation.XLA_ACCELERATOR],
+    )
+    def test_larger_logits_behind_the_mask_do_not_reach_the_maximum(self, name, implementation):
         (q_nope, q_rope, k_nope, k_rope, value), segments, d_out = _inputs(cases.TOY[name])
         # Keys that only their own query sees match all others a hundredfold.
         visible = _visible(segments)[:, 0]
@@ -116,13 +132,17 @@ class MlaAttentionTest(parameterized.TestCase):
         _, expected, _ = _oracle(*operands, segments, d_out)
         masked = SCALE * np.einsum("btnh,bsnh->bnts", q_nope, k_nope)
         self.assertTrue(np.all(masked.max((2, 3)) > expected + 10.0))
-        _, actual, _ = _run(operands, segments, d_out, jnp.float32)
+        _, actual, _ = _run(operands, segments, d_out, jnp.float32, implementation)
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
     def test_the_maximum_sends_no_gradient(self):
         operands, segments, _ = _inputs(cases.TOY["one_block"])
         arrays = [jnp.asarray(a, jnp.float32) for a in operands]
-        for implementation in (Implementation.XLA, Implementation.REFERENCE):
+        for implementation in (
+            Implementation.XLA,
+            Implementation.XLA_ACCELERATOR,
+            Implementation.REFERENCE,
+        ):
             gradients = jax.grad(
                 lambda *a, chosen=implementation: jnp.sum(
                     mla_attention(
@@ -168,7 +188,11 @@ class MlaAttentionTest(parameterized.TestCase):
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert_close(a, b, FLOAT32_TOLERANCE)
 
-    @parameterized.parameters((Implementation.XLA, False), (Implementation.REFERENCE, True))
+    @parameterized.parameters(
+        (Implementation.XLA, False),
+        (Implementation.XLA_ACCELERATOR, False),
+        (Implementation.REFERENCE, True),
+    )
     def test_only_the_reference_holds_all_logits_of_a_long_sequence(self, implementation, holds):
         of_heads, f32 = (1, 1024, 1), jnp.float32
         shapes = [(*of_heads, 8), (*of_heads, 4), (*of_heads, 8), (1, 1024, 4), (*of_heads, 8)]

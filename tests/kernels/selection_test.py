@@ -1,13 +1,19 @@
+import jax
 from absl.testing import absltest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.selection import select
 
 
 class SelectTest(absltest.TestCase):
-    def test_auto_takes_plain_xla(self):
-        available = {Implementation.XLA: len, Implementation.REFERENCE: sum}
+    def test_auto_takes_the_program_for_the_meshs_devices(self):
+        available = {Implementation.XLA: len, Implementation.XLA_ACCELERATOR: sum}
         self.assertIs(select("op", Implementation.AUTO, available), len)
+        chip = AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("d",), abstract_device=chip)):
+            self.assertIs(select("op", Implementation.AUTO, available), sum)
+            self.assertIs(select("op", Implementation.AUTO, {Implementation.XLA: len}), len)
 
     def test_a_named_implementation_is_the_one_that_runs(self):
         available = {Implementation.XLA: len, Implementation.REFERENCE: sum}

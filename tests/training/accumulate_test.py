@@ -24,6 +24,7 @@ def _share(params, micro_batch, total_weight):
     stats = ModelStats(
         max_logit=jnp.max(micro_batch.inputs).astype(jnp.float32)[None, None],
         expert_load=jnp.sum(micro_batch.inputs).astype(jnp.float32)[None, None],
+        dropped=jnp.zeros(()),
         balance_loss=jnp.sum(micro_batch.weights),
     )
     return loss, ({"loss/train": loss}, stats)

@@ -5,11 +5,12 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.checks import check_same_dtype, check_shapes
-from kimi_jax.kernels.mla_attention import reference, xla
+from kimi_jax.kernels.mla_attention import reference, xla, xla_accelerator
 from kimi_jax.kernels.selection import select
 
 _AVAILABLE = {
     Implementation.XLA: xla.mla_attention,
+    Implementation.XLA_ACCELERATOR: xla_accelerator.mla_attention,
     Implementation.REFERENCE: reference.mla_attention,
 }
 
