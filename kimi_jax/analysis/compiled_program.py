@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from kimi_jax.analysis import hlo, work
 from kimi_jax.analysis.collectives import Collective, collective
-from kimi_jax.analysis.executions import executions
+from kimi_jax.analysis.executions import Executions, executions
 from kimi_jax.analysis.hlo import Computation, Instruction, Module
 from kimi_jax.analysis.scopes import FORWARD, Scope, read_scope
 
@@ -132,11 +132,7 @@ def report_device(
     inherited: dict[str, Scope] = {}
     for name, times in runs.counts.items():
         computation = module.computations[name]
-        inherited[name] = _ELSEWHERE
-        if runs.callers[name] is not None:  # callers come before what they call
-            caller, place = runs.callers[name]
-            around = _scope_of(caller, module.computations[place], read)
-            inherited[name] = around or inherited[place]
+        inherited[name] = _inherited_scope(name, runs, inherited, module, read)
         for instruction in computation.instructions.values():
             part, moved = _work_of(instruction, computation, module, axis_sizes, name in runs.fused)
             if work.flops(instruction, computation) is None:
@@ -157,6 +153,20 @@ def report_device(
         unknown_loops=tuple(loop.operation_name or loop.name for loop in runs.unknown_loops),
         unknown_calls=dict(unknown_calls),
     )
+
+
+def _inherited_scope(
+    name: str,
+    runs: Executions,
+    inherited: dict[str, Scope],
+    module: Module,
+    read: Callable[[str], Scope | None],
+) -> Scope:
+    """Returns the scope of whoever calls a computation; callers come before what they call."""
+    if runs.callers[name] is None:
+        return _ELSEWHERE
+    caller, place = runs.callers[name]
+    return _scope_of(caller, module.computations[place], read) or inherited[place]
 
 
 def _scope_of(
