@@ -88,6 +88,7 @@ ASSUMPTIONS = (
     "communication between slices or GPU nodes is limited by each device's share of the network",
     "computing, memory and network overlap perfectly; for the second figure within a scope only, "
     "one scope after the other",
+    "ragged products and exchanges are counted for all rows of their buffers, filled or not",
     "a loop whose length depends on data counts once, a custom call of unknown cost not at all",
 )
 

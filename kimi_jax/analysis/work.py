@@ -79,7 +79,10 @@ def flops(instruction: Instruction, computation: Computation) -> float | None:
 
 def is_free_custom_call(instruction: Instruction) -> bool:
     """True for custom calls that compute nothing."""
-    return instruction.attribute("custom_call_target").strip('"') in _FREE_TARGETS
+    if instruction.attribute("custom_call_target").strip('"') in _FREE_TARGETS:
+        return True
+    # Such as the tables that the TPU compiler's ragged products start with: indices, no products.
+    return all(array.type[0] in "sup" for array in instruction.arrays)
 
 
 def main_memory_bytes(instruction: Instruction, computation: Computation, module: Module) -> int:
@@ -92,7 +95,7 @@ def main_memory_bytes(instruction: Instruction, computation: Computation, module
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return 0
     if opcode == "custom-call" and is_free_custom_call(instruction):
-        return 0
+        return 0  # it computes a view or a few indices
     if opcode == "fusion":
         fused = module.computations[instruction.called[0]]
         reads = sum(

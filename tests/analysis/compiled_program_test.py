@@ -127,21 +127,22 @@ class WorkTest(absltest.TestCase):
 
     def test_scopes_tell_forward_from_backward_and_from_recomputed(self):
         @jax.checkpoint
-        def layer(w, x):
+        def layer(x, w):
             with jax.named_scope("layer"):
-                return jnp.sin(jnp.sin(x @ w) @ w)
+                return jnp.sin(jnp.sin(x @ w) @ w), None
 
-        def loss(w, x):
-            return jnp.sum(layer(w, x))
+        def loss(stack, x):
+            return jnp.sum(jax.lax.scan(layer, x, stack)[0])
 
-        report = read_program(_text(jax.value_and_grad(loss), _W, _X), _ONE)
+        stack = jax.ShapeDtypeStruct((3, 16, 16), jnp.float32)
+        report = read_program(_text(jax.value_and_grad(loss), stack, _X), _ONE)
         flops = {scope: work.flops for scope, work in report.scopes.items() if work.flops}
         self.assertEqual(
             flops,
             {
-                Scope("layer", FORWARD): 2 * _PRODUCT,
-                Scope("layer", RECOMPUTED): 2 * _PRODUCT,
-                Scope("layer", BACKWARD): 3 * _PRODUCT,  # x itself needs no gradient
+                Scope("layer", FORWARD): 3 * 2 * _PRODUCT,
+                Scope("layer", RECOMPUTED): 3 * 2 * _PRODUCT,
+                Scope("layer", BACKWARD): 3 * 4 * _PRODUCT,
             },
         )
 

@@ -106,6 +106,16 @@ class FlopsTest(parameterized.TestCase):
         self.assertEqual(work.flops(instruction, computation), expected)
 
 
+class IntegerCallTest(absltest.TestCase):
+    def test_a_custom_call_that_makes_integers_is_no_product(self):
+        instruction, computation, _ = _entry(
+            "%sizes = s32[8]{0} parameter(0)",
+            "ROOT %c = (s32[9]{0}, s32[71]{0}) custom-call(%sizes), "
+            'custom_call_target="tpu_custom_call"',
+        )
+        self.assertEqual(work.flops(instruction, computation), 0.0)
+
+
 class BytesTest(parameterized.TestCase):
     @parameterized.parameters(
         ("%x = f32[1,128,128]{2,1,0} fusion(%stack, %i), kind=kLoop, calls=%sliced", 2),
