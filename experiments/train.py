@@ -12,6 +12,7 @@ from ml_collections import config_flags
 from experiments import program
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.parallel.mesh import simulate_devices
+from kimi_jax.parallel.multihost import Job
 from kimi_jax.pretrain import pretrain
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -24,6 +25,14 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run; by default runs/ and the name of the config file"
 )
 _RESUME = flags.DEFINE_bool("resume", True, "go on with the run that the workdir holds")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "for a run of several processes: auto on TPU pods, SLURM and Kubernetes, else the HOST:PORT of "
+    "process 0; see experiments/launch/README.md",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "with --coordinator=HOST:PORT")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "with --coordinator=HOST:PORT; from 0")
 flags.mark_flag_as_required("config")
 
 
@@ -32,7 +41,8 @@ def main() -> None:
     config = program.load_config(_CONFIG, ExperimentConfig)
     config_file = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     simulate_devices(config.parallel.simulated_devices)
-    pretrain(config, _WORKDIR.value or f"runs/{config_file.stem}", resume=_RESUME.value)
+    with Job(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value):
+        pretrain(config, _WORKDIR.value or f"runs/{config_file.stem}", resume=_RESUME.value)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kimi_jax.analysis.report import write_report
+from kimi_jax.analysis.report import FOLDER, PAGE, write_report
 from kimi_jax.analysis.run_log import read_run
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.core.param_spec import count_parameters
@@ -24,6 +24,8 @@ from kimi_jax.model import accounting, transformer
 from kimi_jax.optimizers.muon_clip import describe_labels
 from kimi_jax.optimizers.schedules import learning_rate_schedule
 from kimi_jax.parallel import mesh as meshes
+from kimi_jax.parallel import multihost
+from kimi_jax.parallel.rules import REPLICATED
 from kimi_jax.training.loop import train
 from kimi_jax.training.progress import print_banner
 from kimi_jax.training.state import TrainState
@@ -51,11 +53,14 @@ def pretrain(
       KimiError: one of its subclasses, for anything the user can mend.
     """
     mesh = meshes.make_mesh(config.parallel, config.model.num_routed_experts)
+    multihost.check_mesh(mesh)
     training = config.training
     meshes.check_batch(mesh, training.batch_sequences, training.accumulation_steps)
     # Raises where the schedule does not fit into the run.
     learning_rate_schedule(config.optimizer.schedule, training.num_steps)
-    corpus = open_corpus(config.data)
+    # The others find what the first has put into the cache, where they share one.
+    with multihost.first_before_others("open the corpus"):
+        corpus = open_corpus(config.data)
     check_vocabulary(corpus.tokenizer, config.model.vocab_size)
     held_out = _held_out(config, corpus)
     print_banner(pathlib.Path(workdir).name, _sections(config, mesh, corpus, held_out))
@@ -66,17 +71,21 @@ def pretrain(
         summary = _summary(config, mesh, held_out)
         summary["sample"] = _sample(config, corpus, state)
         summary["seconds"] = time.monotonic() - started
-    if held_out is not None:
-        _, bits_per_byte = read_run(workdir).series("eval/bits_per_byte")
-        summary["bits_per_byte"] = bits_per_byte[-1]
-    path = pathlib.Path(workdir) / SUMMARY_FILE
-    path.write_text(json.dumps(summary, indent=2) + "\n")
-    report = write_report(workdir)
+    if multihost.is_first():
+        _report(pathlib.Path(workdir), summary, held_out)
+    return pathlib.Path(workdir) / FOLDER / PAGE
+
+
+def _report(workdir: pathlib.Path, summary: dict[str, Any], held_out: HeldOut | None) -> None:
+    """Writes the summary and the report, and prints what came out."""
     results = _baseline_rows(held_out)
     if held_out is not None:
-        results.append(("held-out text: this model", f"{summary['bits_per_byte']:.4f} bits/byte"))
+        _, bits_per_byte = read_run(workdir).series("eval/bits_per_byte")
+        summary = summary | {"bits_per_byte": bits_per_byte[-1]}
+        results.append(("held-out text: this model", f"{bits_per_byte[-1]:.4f} bits/byte"))
+    (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    report = write_report(workdir)
     print_banner("finished", {"result": [*results, ("report", str(report))]})
-    return report
 
 
 def _held_out(config: ExperimentConfig, corpus: Corpus) -> HeldOut | None:
@@ -91,7 +100,6 @@ def _sections(
     """Rows of the tables that open a run."""
     plan = transformer.specs(config.model)
     device = mesh.devices.flat[0]
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     flops = accounting.train_flops_per_step(
         config.model, config.training.batch_sequences, config.data.sequence_length
     )
@@ -100,7 +108,7 @@ def _sections(
             ("parameters", f"{count_parameters(plan):,}"),
             ("active per token", f"{accounting.active_parameters(config.model):,}"),
             ("batch", f"{config.batch_tokens:,} tokens, {flops / 1e9:,.1f} GFLOP a step"),
-            ("mesh", f"{axes} ({mesh.size} x {device.device_kind})"),
+            ("mesh", f"{meshes.describe(mesh)} ({mesh.size} x {device.device_kind})"),
         ],
         "corpus": [(name, f"{value:,}") for name, value in corpus.statistics().items()]
         + _baseline_rows(held_out),
@@ -145,7 +153,7 @@ def _sample(config: ExperimentConfig, corpus: Corpus, state: TrainState) -> dict
     if not num_tokens:
         return None
     mesh = jax.sharding.get_abstract_mesh()
-    prompts = np.full((mesh.size, 1), corpus.tokenizer.bos_id, np.int32)
+    prompts = np.full((meshes.sequence_shards(mesh), 1), corpus.tokenizer.bos_id, np.int32)
     tokens = sample(
         state.params,
         jnp.asarray(prompts),
@@ -155,5 +163,6 @@ def _sample(config: ExperimentConfig, corpus: Corpus, state: TrainState) -> dict
         config=config.model,
         choices=config.compute,
     )
-    text = corpus.tokenizer.decode(np.asarray(tokens)[0, 1:].tolist())
+    first = jax.reshard(tokens, REPLICATED)[0]  # every process has it then
+    text = corpus.tokenizer.decode(np.asarray(first)[1:].tolist())
     return {"prompt": "", "text": text}

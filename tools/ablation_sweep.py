@@ -22,7 +22,7 @@ from kimi_jax.evaluation.perplexity import HeldOutEvaluation
 from kimi_jax.model import transformer
 from kimi_jax.optimizers.schedules import learning_rate_schedule
 from kimi_jax.parallel import mesh as meshes
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.training import workdir
 from kimi_jax.training.metric_log import MetricLog
 from kimi_jax.training.progress import clock
@@ -83,7 +83,7 @@ class Sweep:
         rates = np.asarray(rate_at(np.arange(training.num_steps)))
         state = initial_state(config, self._plan, make_optimizer(config, self._plan))
         batches = train_batches(self._corpus, config.data, training.batch_sequences)
-        feed = DeviceFeed(batches, jax.NamedSharding(self._mesh, BATCH))
+        feed = DeviceFeed(batches, jax.NamedSharding(self._mesh, TOKENS))
         train_at_rate = self._compiled_step(config)
         with MetricLog(folder, layers_every=1) as log:
             for step, rate in enumerate(rates):

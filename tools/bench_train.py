@@ -138,7 +138,7 @@ def random_batch(mesh):
 
     from kimi_jax.data.batches import Batch
     from kimi_jax.data.device_feed import put_batch
-    from kimi_jax.parallel.rules import BATCH
+    from kimi_jax.parallel.rules import TOKENS
 
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, LENGTH + 1))
     tokens = tokens.astype(np.int32)
@@ -151,7 +151,7 @@ def random_batch(mesh):
         positions=positions,
         weights=ones.astype(np.float32),
     )
-    return put_batch(batch, jax.NamedSharding(mesh, BATCH))
+    return put_batch(batch, jax.NamedSharding(mesh, TOKENS))
 
 
 def print_table(rows: dict[str, dict[str, float]]) -> None:

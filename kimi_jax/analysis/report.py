@@ -14,6 +14,7 @@ from kimi_jax.analysis import plots
 from kimi_jax.analysis.run_log import RunLog, read_run
 
 FOLDER = "report"
+PAGE = "index.html"
 
 # name of the file, heading, function
 FIGURES = (
@@ -46,7 +47,7 @@ def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
     for name, _, draw in FIGURES:
         draw(run).savefig(folder / f"{name}.png", facecolor="white")
     (folder / "report.md").write_text(_markdown(run), encoding="utf-8")
-    page = folder / "index.html"
+    page = folder / PAGE
     page.write_text(_page(run), encoding="utf-8")
     return page
 

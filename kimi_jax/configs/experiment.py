@@ -1,6 +1,7 @@
 """The root of a run's configuration, and the checks that need two of its parts."""
 
 import dataclasses
+import math
 
 from kimi_jax.configs.checks import check_fields
 from kimi_jax.configs.compute import ComputeConfig
@@ -39,6 +40,29 @@ class ExperimentConfig:
             f"data.sequence_length ({self.data.sequence_length}) exceeds model.max_position "
             f"({self.model.max_position})",
         )
+        self._check_axes()
+
+    def _check_axes(self) -> None:
+        """Raises `ConfigError` unless mesh axes divide what they split and a user can choose."""
+        axes, model = self.parallel, self.model
+        tensor = (axes.tensor, f"parallel.tensor ({axes.tensor})")
+        context = (axes.context, f"parallel.context ({axes.context})")
+        both = (axes.context * axes.tensor, f"{context[1]} * {tensor[1]}")
+        splits = [
+            (context, "data.sequence_length", self.data.sequence_length),
+            (both, "model.num_heads", model.num_heads),
+            (tensor, "model.vocab_size", model.vocab_size),
+        ]
+        if model.num_dense_layers:
+            splits.append((tensor, "model.dense_ffn_dim", model.dense_ffn_dim))
+        if model.num_moe_layers:
+            splits.append((tensor, "model.expert_ffn_dim", model.expert_ffn_dim))
+        for (shards, option), split, size in splits:
+            require(
+                size % shards == 0,
+                f"{option} must divide {split} ({size}), which it splits; "
+                f"{math.gcd(size, shards)} would fit, or a multiple of {shards} in {split}",
+            )
 
     @property
     def batch_tokens(self) -> int:

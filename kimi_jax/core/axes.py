@@ -10,6 +10,7 @@ ROUTES = "routes"  # E: routed experts, as the outputs of the router
 EMBED = "embed"  # D: model width
 VOCAB = "vocab"  # V: vocabulary
 HEADS = "heads"  # N: attention heads
+HEAD_OUTPUTS = "head_outputs"  # N: attention heads, as inputs of the output projection
 HEAD_NOPE = "head_nope"  # H: per-head width without rotation
 HEAD_ROPE = "head_rope"  # R: per-head rotary width
 HEAD_VALUE = "head_value"  # U: per-head value width

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import grain
 import numpy as np
@@ -53,6 +53,28 @@ class RowSource:
         documents = permutation(store.num_documents, *self._seeds, epoch, _ORDER_OF_DOCUMENTS)
         stream = arrange(store.tokens, store.offsets, documents)
         return stream, permutation(self.rows_per_epoch, *self._seeds, epoch, _ORDER_OF_ROWS)
+
+
+class PartOfBatches:
+    """The rows that one process makes of every batch, for grain: a pure function of the index.
+
+    Args:
+      rows: of all batches, one after the other.
+      batch_sequences: rows in a batch.
+      part: which of them, such as 4, 5, 6 and 7.
+    """
+
+    def __init__(self, rows: grain.MapDataset, batch_sequences: int, part: Sequence[int]):
+        self._rows = rows
+        self._batch_sequences = batch_sequences
+        self._part = tuple(part)
+
+    def __len__(self) -> int:
+        return len(self._rows) // self._batch_sequences * len(self._part)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        batch, place = divmod(int(index), len(self._part))
+        return self._rows[batch * self._batch_sequences + self._part[place]]
 
 
 def mix_rows(sources: Mapping[str, RowSource], weights: Mapping[str, float]) -> grain.MapDataset:

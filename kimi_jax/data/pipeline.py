@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -15,7 +16,7 @@ from kimi_jax.data.batches import Batch, pad_batch
 from kimi_jax.data.cache import fingerprint
 from kimi_jax.data.corpus import Corpus
 from kimi_jax.data.held_out import gzip_bits_per_byte, unigram_bits_per_byte
-from kimi_jax.data.mixture import RowSource, mix_rows
+from kimi_jax.data.mixture import PartOfBatches, RowSource, mix_rows
 from kimi_jax.data.packing import arrange, count_rows, pack_row
 
 
@@ -96,8 +97,18 @@ def _stop(running: list[grain.DatasetIterator]) -> None:
         running.pop().close()
 
 
-def train_batches(corpus: Corpus, config: DataConfig, batch_sequences: int) -> BatchIterator:
-    """Returns the training batches of `batch_sequences` rows, from step 0."""
+def train_batches(
+    corpus: Corpus, config: DataConfig, batch_sequences: int, part: Sequence[int] | None = None
+) -> BatchIterator:
+    """Returns the training batches, from step 0.
+
+    Args:
+      corpus: the opened `config`.
+      config: what is read, and how.
+      batch_sequences: rows in a batch of the whole run.
+      part: which of them to make; None makes all.
+    """
+    part = range(batch_sequences) if part is None else part
     sources = {
         name: RowSource(
             source.train,
@@ -109,12 +120,12 @@ def train_batches(corpus: Corpus, config: DataConfig, batch_sequences: int) -> B
         for name, source in corpus.sources.items()
     }
     weights = {name: config.sources[name].weight for name in sources}
-    rows = mix_rows(sources, weights)
+    rows = PartOfBatches(mix_rows(sources, weights), batch_sequences, part)
     facts = [
         {name: [corpus.sources[name].train.content, weights[name]] for name in sources},
         *(corpus.tokenizer.fingerprint, config.sequence_length, config.seed, batch_sequences),
     ]
-    batches = rows.batch(batch_sequences, drop_remainder=True).map(_to_batch)
+    batches = grain.MapDataset.source(rows).batch(len(part), drop_remainder=True).map(_to_batch)
     return BatchIterator(batches, config, fingerprint(facts))
 
 

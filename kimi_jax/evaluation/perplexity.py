@@ -12,7 +12,7 @@ from kimi_jax.data.batches import Batch
 from kimi_jax.data.device_feed import put_batch
 from kimi_jax.data.pipeline import HeldOut
 from kimi_jax.model import loss, transformer
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 
 
 class HeldOutEvaluation:
@@ -27,7 +27,7 @@ class HeldOutEvaluation:
           mesh: the devices.
         """
         self._held_out = held_out
-        self._sharding = NamedSharding(mesh, BATCH)
+        self._sharding = NamedSharding(mesh, TOKENS)
         self._batch_nats = jax.jit(functools.partial(summed_loss, config=config))
 
     def __call__(self, params: transformer.TransformerParams) -> dict[str, float]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 from kimi_jax.configs.compute import ComputeConfig
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.model import transformer
+from kimi_jax.parallel.mesh import position_shards
 from kimi_jax.parallel.rules import BATCH
 
 
@@ -29,7 +30,7 @@ def sample(
 
     Args:
       params: stored parameters.
-      prompts: token ids; B must split evenly over the mesh.
+      prompts: token ids; B must split evenly over `mesh.sequence_shards`.
       key: random key.
       num_tokens: how many tokens to add.
       temperature: above 0.
@@ -47,7 +48,9 @@ def sample(
 @functools.partial(jax.jit, static_argnames=("num_tokens", "config", "choices"))
 def _sample(params, prompts, key, temperature, *, num_tokens, config, choices):
     length = prompts.shape[1]
-    tokens = jax.reshard(jnp.pad(prompts, ((0, 0), (0, num_tokens))), BATCH)
+    # The mesh may split positions: there have to be enough, and more, which come last, do no harm.
+    padding = -(length + num_tokens) % position_shards(jax.sharding.get_abstract_mesh())
+    tokens = jax.reshard(jnp.pad(prompts, ((0, 0), (0, num_tokens + padding))), BATCH)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = jnp.ones_like(tokens)
 
@@ -55,11 +58,13 @@ def _sample(params, prompts, key, temperature, *, num_tokens, config, choices):
         hidden, _ = transformer.forward(
             params, tokens, positions, segments, config=config, choices=choices
         )
-        last = jax.lax.dynamic_slice_in_dim(hidden, index - 1, 1, axis=1)
+        last = jax.lax.dynamic_slice_in_dim(jax.reshard(hidden, BATCH), index - 1, 1, axis=1)
         logits = transformer.logits(params, last, config=config, choices=choices)
+        logits = jax.reshard(logits, BATCH)  # a draw needs the whole vocabulary
         drawn = jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)
         return jax.lax.dynamic_update_slice_in_dim(
             tokens, drawn.astype(tokens.dtype), index, axis=1
         )
 
-    return jax.lax.fori_loop(length, length + num_tokens, add_token, tokens)
+    tokens = jax.lax.fori_loop(length, length + num_tokens, add_token, tokens)
+    return jax.lax.slice_in_dim(tokens, 0, length + num_tokens, axis=1)

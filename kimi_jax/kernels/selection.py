@@ -11,23 +11,23 @@ def select(
     kernel: str,
     implementation: Implementation,
     available: Mapping[Implementation, Callable[..., Any]],
+    fastest: Mapping[str, Implementation],
 ) -> Callable[..., Any]:
     """Returns the function that computes `kernel`.
 
     Args:
       kernel: the operation's name, for the message.
-      implementation: AUTO takes the fastest that the platform has: the XLA program written for
-        accelerators, where the operation has one and the devices are no CPU, and XLA otherwise. Any
-        other runs or raises, so that a measurement never silently measures something else.
+      implementation: AUTO takes the fastest for the platform; any other runs or raises, so that a
+        measurement never silently measures something else.
       available: the operation's implementations.
+      fastest: by platform, what AUTO takes; XLA where the platform is not named.
 
     Raises:
       NotImplementedError: the named implementation does not exist for this operation.
     """
     chosen = implementation
     if implementation is Implementation.AUTO:
-        on_cpu = target_platform() == "cpu" or Implementation.XLA_ACCELERATOR not in available
-        chosen = Implementation.XLA if on_cpu else Implementation.XLA_ACCELERATOR
+        chosen = fastest.get(target_platform(), Implementation.XLA)
     if chosen not in available:
         names = ", ".join(repr(option.value) for option in available)
         raise NotImplementedError(

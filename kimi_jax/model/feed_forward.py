@@ -8,6 +8,7 @@ from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core import axes as ax
 from kimi_jax.core.param_spec import MATRIX, Leaf, ParamSpec
 from kimi_jax.model.linear import project
+from kimi_jax.parallel.rules import TOKENS
 
 
 @struct.dataclass
@@ -42,10 +43,13 @@ def specs(config: ModelConfig, width: int) -> FeedForwardParams:
 
 @jax.named_scope("feed_forward")
 def feed_forward(params: FeedForwardParams, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Returns swiglu(x W_gate, x W_up) W_down."""
+    """Returns swiglu(x W_gate, x W_up) W_down.
+
+    F may be split over the tensor axis: partial sums of the result are all-reduced.
+    """
     gate = project("btd,df->btf", x, params.w_gate)
     up = project("btd,df->btf", x, params.w_up)
-    return project("btf,fd->btd", swiglu(gate, up), params.w_down)
+    return project("btf,fd->btd", swiglu(gate, up), params.w_down, out_layout=TOKENS)
 
 
 @jax.custom_vjp

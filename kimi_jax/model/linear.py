@@ -5,30 +5,40 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def project(
-    equation: str, x: Float[Array, "*x"], w: Float[Array, "*w"], out_dtype: Any = None
+    equation: str,
+    x: Float[Array, "*x"],
+    w: Float[Array, "*w"],
+    out_dtype: Any = None,
+    out_layout: PartitionSpec | None = None,
 ) -> Float[Array, "*y"]:
     """Returns einsum(equation, x, w), summed in float32.
 
     The backward pass rounds the incoming gradient to x's dtype, and lays each gradient out like
-    what it belongs to: where x is split over the batch and w is whole, w's is all-reduced. It is
-    written out because XLA's own choice costs time on a CPU: bfloat16 products run at half speed
-    unless they ask for float32 sums, and gradients of weights come out transposed and are copied.
+    what it belongs to: where x is split over the batch and w is whole, w's is all-reduced; where
+    w's outputs are split, x's is. It is written out because XLA's own choice costs time on a CPU:
+    bfloat16 products run at half speed unless they ask for float32 sums, and gradients of weights
+    come out transposed and are copied.
 
     Args:
       equation: two operands and a result, every index of an operand in one of the other two.
       x: activations.
       w: weights of the same dtype.
       out_dtype: of the result; None is x's.
+      out_layout: of the result; needed where both operands are split along an index they share,
+        whose partial sums are all-reduced. Without meaning inside per-device code.
 
     Returns:
       The product, x's batch layout kept.
     """
-    return _einsum(equation, x, w, out_dtype or x.dtype)
+    if _layout(x) is None:
+        out_layout = None
+    return _einsum(equation, x, w, out_dtype or x.dtype, out_layout)
 
 
 def _einsum(equation: str, x: Array, w: Array, dtype: Any, out_sharding: Any = None) -> Array:
@@ -38,11 +48,12 @@ def _einsum(equation: str, x: Array, w: Array, dtype: Any, out_sharding: Any = N
     return product.astype(dtype)
 
 
-def _forward(equation, x, w, out_dtype):
-    return project(equation, x, w, out_dtype), (x, w)
+def _forward(equation, x, w, out_dtype, out_layout):
+    return project(equation, x, w, out_dtype, out_layout), (x, w)
 
 
-def _backward(equation, out_dtype, residuals, dy):
+def _backward(equation, out_dtype, out_layout, residuals, dy):
+    del out_layout
     x, w = residuals
     operands, result = equation.split("->")
     x_indices, w_indices = operands.split(",")

@@ -12,9 +12,14 @@ from kimi_jax.data.batches import Batch
 from kimi_jax.model import transformer
 from kimi_jax.model.linear import project
 from kimi_jax.model.stats import ModelStats
+from kimi_jax.parallel.collectives import (
+    first_of_tensor_share_per_shard,
+    logsumexp_over_tensor_per_shard,
+    sum_over_tensor_per_shard,
+)
 from kimi_jax.parallel.per_shard import per_shard
 from kimi_jax.parallel.placement import to_compute
-from kimi_jax.parallel.rules import BATCH, REPLICATED
+from kimi_jax.parallel.rules import COMPUTE, TOKENS, partition_specs
 
 
 def batch_losses(
@@ -50,13 +55,14 @@ def token_losses(
       config: the architecture.
       choices: `logits_chunk_tokens` bounds how many of a device's tokens have logits at a time.
     """
-    head = to_compute(params.head, transformer.specs(config).head, choices.dtype.value)
+    plan = transformer.specs(config).head
+    head = to_compute(params.head, plan, choices.dtype.value)
     losses = per_shard(
         functools.partial(_losses_per_shard, chunk=choices.logits_chunk_tokens),
-        in_specs=(REPLICATED, BATCH, BATCH),
-        out_specs=BATCH,
+        in_specs=(partition_specs(plan, COMPUTE), TOKENS, TOKENS),
+        out_specs=TOKENS,
     )
-    return losses(head, hidden, jax.reshard(targets, BATCH))
+    return losses(head, hidden, jax.reshard(targets, TOKENS))
 
 
 def _losses_per_shard(
@@ -81,7 +87,13 @@ def _losses_per_shard(
 def _cross_entropy(
     head: Float[Array, "D V"], rows: Float[Array, "W D"], labels: Int[Array, "W"]
 ) -> Float[Array, "W"]:
-    """Returns logsumexp(z) - z_label with z = rows head, in float32."""
+    """Returns logsumexp(z) - z_label with z = rows head, in float32.
+
+    The vocabulary may be split over the tensor axis, which all-reduces two values a token.
+    """
     z = project("wd,dv->wv", rows, head, jnp.float32)
-    is_label = labels[:, None] == jnp.arange(z.shape[-1])
-    return jax.nn.logsumexp(z, axis=-1) - jnp.sum(jnp.where(is_label, z, 0.0), axis=-1)
+    first = first_of_tensor_share_per_shard(z.shape[-1])
+    is_label = labels[:, None] == first + jnp.arange(z.shape[-1])
+    of_label = jnp.sum(jnp.where(is_label, z, 0.0), axis=-1)
+    total = logsumexp_over_tensor_per_shard(jax.nn.logsumexp(z, axis=-1))
+    return total - sum_over_tensor_per_shard(of_label)

@@ -21,8 +21,8 @@ from kimi_jax.core.param_spec import (
 from kimi_jax.kernels.mla_attention import mla_attention
 from kimi_jax.model import norm, rope
 from kimi_jax.model.linear import project
+from kimi_jax.parallel import rules
 from kimi_jax.parallel.per_shard import per_shard
-from kimi_jax.parallel.rules import BATCH
 
 
 @struct.dataclass
@@ -53,6 +53,7 @@ def specs(config: ModelConfig) -> MlaParams:
         ax.Q_LATENT: config.q_latent_dim,
         ax.KV_LATENT: config.kv_latent_dim,
         ax.HEADS: config.num_heads,
+        ax.HEAD_OUTPUTS: config.num_heads,
         ax.HEAD_NOPE: config.head_nope_dim,
         ax.HEAD_ROPE: config.head_rope_dim,
         ax.HEAD_VALUE: config.head_value_dim,
@@ -82,7 +83,7 @@ def specs(config: ModelConfig) -> MlaParams:
         kv_norm=norm.spec(config.kv_latent_dim, ax.KV_LATENT),
         w_k_nope=matrix(ax.KV_LATENT, ax.HEADS, ax.HEAD_NOPE, fused="w_kv_up", tag=KEY_NOPE),
         w_value=matrix(ax.KV_LATENT, ax.HEADS, ax.HEAD_VALUE, fused="w_kv_up"),
-        w_out=matrix(ax.HEADS, ax.HEAD_VALUE, ax.EMBED, inputs=2),
+        w_out=matrix(ax.HEAD_OUTPUTS, ax.HEAD_VALUE, ax.EMBED, inputs=2),
     )
 
 
@@ -101,38 +102,51 @@ def mla(
     c_q = norm(x W_qd); q = [c_q W_qn | rot(c_q W_qr)]; c_kv = norm(x W_kvd); k = [c_kv W_kn | rot(x
     W_kr)], the rotary key shared by all heads; o = softmax(scale q k^T) (c_kv W_v); out = o W_o.
 
+    All-gathers c_q, c_kv and x W_kr over the context axis: each device attends from every position,
+    with its own share of the heads. An all-to-all turns heads back into positions, and the tensor
+    axis all-reduces the partial sums over heads. Queries without a latent gather x instead of c_q:
+    at Moonlight's sizes (2,048 of x, 3,072 of queries) and sequences of 8,192 tokens that moves no
+    more than an all-to-all of queries and the gather of whole projections it would need.
+
     Args:
       params: in compute layout.
-      x: normalised input.
-      positions: index of each token within its document.
-      segments: document number of each token; attention never leaves a document.
+      x: normalised input, in the layout of tokens.
+      positions: index of each token within its document; whole sequences on each device.
+      segments: document number of each token, likewise; attention never leaves a document.
       config: sizes.
       choices: which kernel.
 
     Returns:
       The output, and each sequence's and head's largest scaled logit, for QK-clip.
     """
+    batch, heads = rules.BATCH, rules.HEADS
     cos, sin = rope.cos_sin(config, positions)
     with jax.named_scope("queries"):
         c_q = x
         if params.w_q_down is not None:
             latent = checkpoint_name(project("btd,dq->btq", x, params.w_q_down), "q_latent")
             c_q = norm.rms_norm(params.q_norm, latent, eps=config.norm_eps)
-        q_nope = project("btq,qnh->btnh", c_q, params.w_q_nope)
-        q_rope = project("btq,qnr->btnr", c_q, params.w_q_rope)
+        c_q = jax.reshard(c_q, batch)
+        q_nope = project("btq,qnh->btnh", c_q, params.w_q_nope, out_layout=heads)
+        q_rope = project("btq,qnr->btnr", c_q, params.w_q_rope, out_layout=heads)
         q_rope = rope.rotate(q_rope, cos[:, :, None], sin[:, :, None])
     with jax.named_scope("keys_values"):
         latent = checkpoint_name(project("btd,dc->btc", x, params.w_kv_down), "kv_latent")
         c_kv = norm.rms_norm(params.kv_norm, latent, eps=config.norm_eps)
-        k_nope = project("btc,cnh->btnh", c_kv, params.w_k_nope)
-        value = project("btc,cnu->btnu", c_kv, params.w_value)
+        c_kv = jax.reshard(c_kv, batch)
+        k_nope = project("btc,cnh->btnh", c_kv, params.w_k_nope, out_layout=heads)
+        value = project("btc,cnu->btnu", c_kv, params.w_value, out_layout=heads)
         k_rope = checkpoint_name(project("btd,dr->btr", x, params.w_k_rope), "k_rope")
-        k_rope = rope.rotate(k_rope, cos, sin)
+        k_rope = rope.rotate(jax.reshard(k_rope, batch), cos, sin)
     with jax.named_scope("attention"):
         attend = functools.partial(
             mla_attention, scale=rope.attention_scale(config), implementation=choices.implementation
         )
-        out, max_logit = per_shard(attend, in_specs=BATCH, out_specs=BATCH)(
-            q_nope, q_rope, k_nope, k_rope, value, segments
-        )
-    return project("btnu,nud->btd", out, params.w_out), max_logit
+        out, max_logit = per_shard(
+            attend,
+            in_specs=(heads, heads, heads, batch, heads, batch),
+            out_specs=(heads, rules.HEAD_MAXIMA),
+        )(q_nope, q_rope, k_nope, k_rope, value, segments)
+        out = jax.reshard(out, rules.HEAD_OUTPUTS)
+    y = project("btnu,nud->btd", out, params.w_out, out_layout=rules.TOKENS)
+    return y, max_logit

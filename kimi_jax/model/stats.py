@@ -14,6 +14,7 @@ from flax import struct
 from kimi_jax.core.param_spec import Leaf
 
 _COMBINE = {"max": jnp.maximum, "sum": jnp.add}
+_NEUTRAL = {"max": -jnp.inf, "sum": 0.0}
 
 
 def _reduced_by(reduction: str) -> Any:
@@ -28,7 +29,7 @@ class BlockStats:
     """
 
     max_logit: Leaf  # [B, N] largest attention logit of each sequence and head
-    expert_load: Leaf  # [shards, E] tokens each device's router gave to each expert
+    expert_load: Leaf  # [shards, E] tokens each shard of them sent to each expert
     dropped: Leaf  # [shards] assignments that found no room in the expert exchange
     balance_loss: Leaf  # [B] sequence-wise balance loss
 
@@ -64,3 +65,20 @@ def merge(first: ModelStats, second: ModelStats) -> ModelStats:
         pair = getattr(first, field.name), getattr(second, field.name)
         merged[field.name] = jax.tree.map(combine, *pair)
     return ModelStats(**merged)
+
+
+def neutral(like: ModelStats) -> ModelStats:
+    """Returns what `merge` changes nothing with.
+
+    Args:
+      like: shapes, dtypes and layouts.
+    """
+
+    def fill(field: dataclasses.Field) -> Any:
+        value = _NEUTRAL[field.metadata["reduction"]]
+        return jax.tree.map(
+            lambda leaf: jax.lax.full(leaf.shape, value, leaf.dtype, sharding=leaf.sharding),
+            getattr(like, field.name),
+        )
+
+    return ModelStats(**{field.name: fill(field) for field in dataclasses.fields(ModelStats)})

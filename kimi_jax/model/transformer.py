@@ -15,7 +15,7 @@ from kimi_jax.model import block, norm
 from kimi_jax.model.linear import project
 from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
 from kimi_jax.parallel.placement import to_compute
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import BATCH, REPLICATED, TOKENS
 
 # What Remat.K2 keeps of a layer beside its input. K2 recomputes norms, SwiGLU and the latents'
 # up-projections; here attention and the experts are recomputed with them.
@@ -80,15 +80,18 @@ def forward(
       choices: how to compute it.
 
     Returns:
-      Normalised hidden states in the compute dtype, ready for the head, and the statistics.
+      Normalised hidden states in the compute dtype, ready for the head, and the statistics, whole
+      on every device.
     """
-    inputs, positions, segments = (jax.reshard(i, BATCH) for i in (inputs, positions, segments))
+    inputs = jax.reshard(inputs, TOKENS)
+    # Attention needs those of all positions; gathered once, for all layers.
+    positions, segments = (jax.reshard(i, BATCH) for i in (positions, segments))
     plan = specs(config)
     ends = TransformerParams(params.embedding, None, None, params.final_norm, None)
     end_plan = TransformerParams(plan.embedding, None, None, plan.final_norm, None)
     ends = to_compute(ends, end_plan, choices.dtype.value)
     with jax.named_scope("embedding"):
-        x = ends.embedding.at[inputs].get(out_sharding=BATCH)
+        x = ends.embedding.at[inputs].get(out_sharding=TOKENS)
     stacks = []
     for stored, dense in ((params.dense_blocks, True), (params.moe_blocks, False)):
         if stored is not None:
@@ -97,7 +100,8 @@ def forward(
                 stored, block_plan, x, positions, segments, config=config, choices=choices
             )
             stacks.append(stats)
-    return norm.rms_norm(ends.final_norm, x, eps=config.norm_eps), reduce_blocks(stacks)
+    stats = jax.tree.map(lambda leaf: jax.reshard(leaf, REPLICATED), reduce_blocks(stacks))
+    return norm.rms_norm(ends.final_norm, x, eps=config.norm_eps), stats
 
 
 def _run_stack(
@@ -139,6 +143,6 @@ def logits(
     config: ModelConfig,
     choices: ComputeConfig,
 ) -> Float[Array, "B T V"]:
-    """Returns hidden W_head in float32."""
+    """Returns hidden W_head in float32, the vocabulary split over the tensor axis."""
     head = to_compute(params.head, specs(config).head, choices.dtype.value)
     return project("btd,dv->btv", hidden, head, jnp.float32)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import graphlib
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
+from kimi_jax.parallel.mesh import CONTEXT, TENSOR
 from kimi_jax.parallel.per_shard import per_shard
 
 # On CPU, jax 0.12 multiplies batches of a few matrices with all cores, single ones with one core;
@@ -185,11 +189,8 @@ def _make_plan(
     stacked = {tuple(map(_mesh_axes, spec[:stack_dims])) for spec in specs}
     assert len(stacked) == 1, f"arrays are stacked in different layouts: {specs}"
     stack_axes = {name for entry in stacked.pop() for name in entry}
-    # Where several axes split one dimension, the fastest has to be exchanged first, so that the
-    # pieces join in order. PartitionSpecs name axes in the order of the mesh.
-    names = tuple(axis_sizes)
     entries = [_mesh_axes(entry) for spec in specs for entry in spec]
-    assert all(list(e) == sorted(e, key=names.index) for e in entries), specs
+    names = _slowest_first(tuple(axis_sizes), entries)
     hops = tuple(n for n in reversed(names) if n not in stack_axes and axis_sizes[n] > 1)
     sharers = math.prod(axis_sizes[name] for name in hops)
     stack_shards = math.prod(axis_sizes[name] for name in stack_axes)
@@ -210,3 +211,40 @@ def _make_plan(
             for spec in specs
         ),
     )
+
+
+def _slowest_first(names: tuple[str, ...], entries: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """Orders mesh axes so that each entry of a PartitionSpec names them in this order.
+
+    Where several axes split one dimension, the fastest has to be exchanged first, so that the
+    pieces join in order.
+    """
+    sorter = graphlib.TopologicalSorter({name: () for name in names})
+    for entry in entries:
+        for slow, fast in itertools.pairwise(entry):
+            sorter.add(fast, slow)
+    return tuple(sorter.static_order())
+
+
+def sum_over_tensor_per_shard(x: Array) -> Array:
+    """Adds up what the devices along the tensor axis hold; all-reduces."""
+    return x if jax.lax.axis_size(TENSOR) == 1 else jax.lax.psum(x, TENSOR)
+
+
+def logsumexp_over_tensor_per_shard(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns log sum exp(x) over the devices along the tensor axis; all-reduces twice."""
+    if jax.lax.axis_size(TENSOR) == 1:
+        return x
+    largest = jax.lax.pmax(jax.lax.stop_gradient(x), TENSOR)
+    return largest + jnp.log(jax.lax.psum(jnp.exp(x - largest), TENSOR))
+
+
+def first_of_tensor_share_per_shard(size: int) -> Any:
+    """Number of this device's first item where each along the tensor axis has `size` in order."""
+    return jax.lax.axis_index(TENSOR) * size
+
+
+def mean_of_positions_per_shard(x: Float[Array, "b T *rest"]) -> Float[Array, "b *rest"]:
+    """Averages over all positions of a sequence; all-reduces over the context axis."""
+    mean = jnp.mean(x, axis=1)
+    return mean if jax.lax.axis_size(CONTEXT) == 1 else jax.lax.pmean(mean, CONTEXT)

@@ -1,18 +1,27 @@
 """The device mesh: which devices there are, and how they are arranged along the mesh axes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.core.errors import require
 from kimi_jax.core.host_memory import keep_freed_memory
 
+REPLICA = "replica"  # batch alone; all weights are copied
 DATA = "data"  # batch, and every weight (FSDP)
 EXPERT = "expert"  # routed experts, batch, and dense weights
-MESH_AXES = (DATA, EXPERT)
+CONTEXT = "context"  # positions; in attention heads instead; and weights
+TENSOR = "tensor"  # heads, inner widths, vocabulary
+# The slowest first: neighbours along the last axes are neighbours in the network.
+MESH_AXES = (REPLICA, DATA, EXPERT, CONTEXT, TENSOR)
+SEQUENCE_AXES = (REPLICA, DATA, EXPERT)  # what splits the sequences of a batch
+_MAY_CROSS_SLICES = (REPLICA, DATA, EXPERT)
 
 
 def simulate_devices(count: int) -> None:
@@ -26,9 +35,9 @@ def simulate_devices(count: int) -> None:
 
 
 def make_mesh(
-    config: ParallelConfig, num_routed_experts: int, devices: Sequence[jax.Device] | None = None
+    config: ParallelConfig, num_routed_experts: int, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """Arranges devices as data x expert, with Explicit axis types.
+    """Arranges devices along `MESH_AXES`, with Explicit axis types.
 
     Args:
       config: sizes of the axes; None is filled in from the number of devices.
@@ -39,35 +48,63 @@ def make_mesh(
       The mesh, for `jax.set_mesh`.
 
     Raises:
-      ConfigError: there are too few devices, or an axis does not divide what it splits.
+      ConfigError: there are too few devices, an axis does not divide what it splits, or one that
+        should stay within a slice would not.
     """
     devices = list(jax.devices() if devices is None else devices)
-    expert = config.expert or _fitting_expert_axis(
-        len(devices) // (config.data or 1), config, num_routed_experts
-    )
-    data = config.data or max(1, len(devices) // expert)
+    sizes = _axis_sizes(config, num_routed_experts, len(devices))
+    count = math.prod(sizes.values())
     require(
-        data * expert <= len(devices),
-        f"the mesh data {data} x expert {expert} needs {data * expert} devices and there are "
-        f"{len(devices)} ({devices[0].platform}); lower parallel.data or parallel.expert, or, on a "
-        f"CPU, raise parallel.simulated_devices to {data * expert}",
+        count <= len(devices),
+        f"the mesh {_describe(sizes)} needs {count} devices and there are {len(devices)} "
+        f"({devices[0].platform}); lower one of these axes in parallel, or, on a CPU, raise "
+        f"parallel.simulated_devices to {count}",
     )
     require(
-        num_routed_experts % expert == 0,
-        f"parallel.expert ({expert}) must divide model.num_routed_experts ({num_routed_experts})",
+        num_routed_experts % sizes[EXPERT] == 0,
+        f"parallel.expert ({sizes[EXPERT]}) must divide model.num_routed_experts "
+        f"({num_routed_experts})",
     )
-    return jax.make_mesh(
-        (data, expert),
-        MESH_AXES,
-        axis_types=(AxisType.Explicit,) * len(MESH_AXES),
-        devices=devices[: data * expert],
+    arranged = arrange_devices(devices[:count], sizes, cross_slices=config.cross_slices)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def arrange_devices(
+    devices: Sequence[Any], sizes: Mapping[str, int], *, cross_slices: bool
+) -> np.ndarray:
+    """Places devices so that axes of much traffic run along fast links.
+
+    On TPUs the axes are laid along those of the physical torus, and slices along the replica axis.
+    Devices of other platforms are taken in their own order, which goes host by host.
+
+    Args:
+      devices: as many as the mesh has.
+      sizes: of the mesh axes, in their order.
+      cross_slices: whether the data and expert axes may take what slices the replica axis leaves.
+
+    Returns:
+      An array of devices with one dimension for each axis.
+
+    Raises:
+      ConfigError: slices cannot be laid along the axes that may cross them.
+    """
+    shape = tuple(sizes.values())
+    if devices[0].platform != "tpu":
+        return np.array(devices, dtype=object).reshape(shape)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = _slices_along_axes(sizes, num_slices, cross_slices=cross_slices)
+    within = tuple(size // across[name] for name, size in sizes.items())
+    return mesh_utils.create_hybrid_device_mesh(
+        within, tuple(across.values()), devices, allow_split_physical_axes=True
     )
 
 
 def check_batch(mesh: Mesh, batch_sequences: int, accumulation_steps: int) -> None:
     """Raises `ConfigError` unless every micro-batch splits evenly over the mesh."""
-    shards = math.prod(mesh.shape.values())
-    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    shards = sequence_shards(mesh)
+    shape = _describe({name: mesh.shape[name] for name in SEQUENCE_AXES})
     require(
         batch_sequences % (shards * accumulation_steps) == 0,
         f"a batch of {batch_sequences} sequences in {accumulation_steps} micro-batches cannot be "
@@ -76,10 +113,66 @@ def check_batch(mesh: Mesh, batch_sequences: int, accumulation_steps: int) -> No
     )
 
 
+def sequence_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the mesh splits the sequences of a batch."""
+    return math.prod(mesh.shape[name] for name in SEQUENCE_AXES)
+
+
+def position_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the mesh splits the positions of a sequence."""
+    return mesh.shape[CONTEXT]
+
+
+def describe(mesh: Mesh) -> str:
+    """Names the axes and their sizes, such as "data 2 x expert 4"; others of size 1 are left out."""
+    return _describe(mesh.shape)
+
+
+def _describe(sizes: Mapping[str, int]) -> str:
+    shown = {n: size for n, size in sizes.items() if size > 1 or n in (DATA, EXPERT)}
+    return " x ".join(f"{name} {size}" for name, size in shown.items())
+
+
+def _axis_sizes(
+    config: ParallelConfig, num_routed_experts: int, num_devices: int
+) -> dict[str, int]:
+    """Fills in the axes that the configuration leaves open; in the order of `MESH_AXES`."""
+    available = num_devices // (config.replica * config.context * config.tensor)
+    expert = config.expert or _fitting_expert_axis(
+        available // (config.data or 1), config, num_routed_experts
+    )
+    data = config.data or max(1, available // expert)
+    sizes = (config.replica, data, expert, config.context, config.tensor)
+    return dict(zip(MESH_AXES, sizes, strict=True))
+
+
 def _fitting_expert_axis(available: int, config: ParallelConfig, num_routed_experts: int) -> int:
     if config.data is not None:
         return math.gcd(max(1, available), num_routed_experts)
-    common = math.gcd(available, num_routed_experts)
+    common = math.gcd(max(1, available), num_routed_experts)
     return max(
         d for d in range(1, common + 1) if common % d == 0 and (d == 1 or d * d <= 2 * available)
     )
+
+
+def _slices_along_axes(
+    sizes: Mapping[str, int], num_slices: int, *, cross_slices: bool
+) -> dict[str, int]:
+    """Says how many slices each axis crosses."""
+    require(
+        cross_slices or sizes[REPLICA] % num_slices == 0,
+        f"parallel.replica ({sizes[REPLICA]}) must be a multiple of the {num_slices} slices, so "
+        "that only its exchanges cross the network between them; or let the data and expert axes "
+        "cross it, too, by parallel.cross_slices",
+    )
+    left = num_slices
+    across = dict.fromkeys(sizes, 1)
+    for name in _MAY_CROSS_SLICES:
+        across[name] = math.gcd(left, sizes[name])
+        left //= across[name]
+    require(
+        left == 1,
+        f"{num_slices} slices cannot be laid along {_describe(sizes)}: parallel.replica * "
+        "parallel.data * parallel.expert must be a multiple of them",
+    )
+    return across

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 
 def per_shard(fn: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -22,4 +23,30 @@ def per_shard(fn: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Calla
     Returns:
       A function of global arrays.
     """
-    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def run(*args: Any) -> Any:
+        specs = jax.tree.map(lambda spec, arg: jax.tree.map(lambda _: spec, arg), in_specs, args)
+        wide = jax.tree.map(_name_unused_axes, specs, args)
+        args = jax.tree.map(
+            lambda arg, w, s: arg if w is s else jax.reshard(arg, w), args, wide, specs
+        )
+        return jax.shard_map(fn, in_specs=wide, out_specs=out_specs, check_vma=False)(*args)
+
+    return run
+
+
+def _name_unused_axes(spec: PartitionSpec, arg: Any) -> PartitionSpec:
+    """Adds the mesh axes of size 1 to an argument's first dimension.
+
+    The gradient of an argument is summed over the axes that its spec does not name. XLA for CPUs
+    does not see that a sum over one device is none.
+    """
+    kind = jax.typeof(arg)
+    full = PartitionSpec(*spec, *(None,) * (kind.ndim - len(spec)))
+    if kind.ndim == 0 or kind.sharding.spec != full:
+        return spec  # where the argument is not laid out like this, shard_map says so
+    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in full]
+    named = {name for entry in entries for name in entry}
+    unused = [n for n, size in kind.sharding.mesh.shape.items() if size == 1 and n not in named]
+    first = [name for name in entries[0] if name is not None]
+    return PartitionSpec((*first, *unused), *full[1:])

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from kimi_jax.core import precision
 from kimi_jax.model import stats as model_stats
@@ -16,14 +17,15 @@ LossFunction = Callable[[Any, Any], tuple[jax.Array, tuple[dict[str, jax.Array],
 
 
 def split_micro_batches(batch: Any, count: int) -> Any:
-    """Splits leaves [B, ...] into [count, B / count, ...] without communication.
+    """Splits leaves [B, T] into [count, B / count, T] without communication.
 
     Micro-batch i takes row i, i + count, i + 2 count ... so that each device's rows stay its own.
     """
 
     def split(leaf: jax.Array) -> jax.Array:
         rows = leaf.shape[0] // count
-        grouped = jax.lax.reshape(leaf, (rows, count, *leaf.shape[1:]), out_sharding=rules.BATCH)
+        layout = PartitionSpec(rules.TOKENS[0], None, *rules.TOKENS[1:])
+        grouped = jax.lax.reshape(leaf, (rows, count, *leaf.shape[1:]), out_sharding=layout)
         return jnp.moveaxis(grouped, 1, 0)
 
     return jax.tree.map(split, batch)
@@ -52,15 +54,21 @@ def accumulate(
         gradients, (parts, stats) = gradient_fn(params, micro_batch)
         return precision.cast_floats(gradients, precision.MASTER), parts, stats
 
-    first = compute(jax.tree.map(lambda leaf: leaf[0], micro_batches))
-    rest = jax.tree.map(lambda leaf: leaf[1:], micro_batches)
-    if jax.tree.leaves(rest)[0].shape[0] == 0:
-        return first
+    first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
+    if jax.tree.leaves(micro_batches)[0].shape[0] == 1:
+        return compute(first)
 
     def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
         gradients, parts, stats = compute(micro_batch)
         summed = jax.tree.map(jnp.add, total[:2], (gradients, parts))
         return (*summed, model_stats.merge(total[2], stats)), None
 
-    total, _ = jax.lax.scan(add, first, rest)
+    # From nothing, not from the first micro-batch, so that the model is compiled once.
+    gradients, parts, stats = jax.eval_shape(compute, first)
+    nothing = (*jax.tree.map(_zeros, (gradients, parts)), model_stats.neutral(stats))
+    total, _ = jax.lax.scan(add, nothing, micro_batches)
     return total
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.lax.full(like.shape, 0, like.dtype, sharding=like.sharding)

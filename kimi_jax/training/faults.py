@@ -5,7 +5,10 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from kimi_jax.core.errors import TrainingFailedError
+from kimi_jax.parallel.multihost import Maximum
 
 _WATCHED = ("loss/train", "optimizer/gradient_norm")
 
@@ -30,12 +33,17 @@ def check(step: int | None, metrics: Mapping[str, Any]) -> None:
 class StopRequest:
     """A context manager that turns SIGINT and SIGTERM into a wish to stop after the current step.
 
-    A second signal acts as it would without.
+    A second signal acts as it would without. One that any process receives stops all of them.
     """
 
-    def __init__(self) -> None:
-        """Listens to nothing yet."""
-        self.signal: str | None = None  # name of the one received
+    def __init__(self, mesh: jax.sharding.Mesh) -> None:
+        """Listens to nothing yet.
+
+        Args:
+          mesh: the devices of the run.
+        """
+        self._received = 0  # number of the signal
+        self._highest = Maximum(mesh)
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -46,8 +54,16 @@ class StopRequest:
     def __exit__(self, kind, error, traceback) -> None:
         self._restore()
 
+    def agreed(self) -> str | None:
+        """Returns the name of the signal to stop for, the same in every process; None to go on.
+
+        Every process calls it once a step. With several processes the answer is a step old.
+        """
+        number = self._highest(self._received)
+        return signal.Signals(number).name if number else None
+
     def _receive(self, number: int, frame: Any) -> None:
-        self.signal = signal.Signals(number).name
+        self._received = number
         self._restore()
 
     def _restore(self) -> None:

@@ -10,11 +10,10 @@ import jax
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.core.errors import TrainingInterruptedError
 from kimi_jax.data.corpus import Corpus
-from kimi_jax.data.device_feed import DeviceFeed
-from kimi_jax.data.pipeline import BatchIterator, train_batches
+from kimi_jax.data.device_feed import DeviceFeed, open_feed
 from kimi_jax.model import transformer
 from kimi_jax.parallel import mesh as meshes
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.training import faults
 from kimi_jax.training import workdir as workdirs
 from kimi_jax.training.checkpoint import Checkpointer
@@ -64,13 +63,13 @@ def train(
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         checkpoints = enter(Checkpointer(workdir, keep=every.checkpoints_to_keep))
-        batches = enter(closing(train_batches(corpus, config.data, every.batch_sequences)))
-        state = _resume_or_start(config, plan, mesh, checkpoints, batches)
+        layout = jax.NamedSharding(mesh, TOKENS)
+        feed = enter(closing(open_feed(corpus, config.data, every.batch_sequences, layout)))
+        state = _resume_or_start(config, plan, mesh, checkpoints, feed)
         first_step = int(state.step)
-        feed = DeviceFeed(batches, jax.NamedSharding(mesh, BATCH))
         log = enter(MetricLog(workdir, from_step=first_step, lines_every=every.log_every))
         progress = enter(Progress(num_steps))
-        stop, throughput = enter(faults.StopRequest()), Throughput(config)
+        stop, throughput = enter(faults.StopRequest(mesh)), Throughput(config)
         for step in range(first_step, num_steps):
             state, metrics = train_step(state, next(feed))
             log.write(step, metrics)  # records the step before: the host never waits for this one
@@ -80,7 +79,7 @@ def train(
             if evaluate is not None and (last or _due(step, every.eval_every)):
                 log.write(step, evaluate(state.params))
                 throughput.restart()
-            stopped_by = stop.signal  # read once: another may arrive between saving and stopping
+            stopped_by = stop.agreed()
             if last or stopped_by or _due(step, every.checkpoint_every):
                 _save(checkpoints, state, feed, log)
             progress.update(log.latest_step, log.latest)
@@ -94,7 +93,7 @@ def _resume_or_start(
     plan: transformer.TransformerParams,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpointer,
-    batches: BatchIterator,
+    feed: DeviceFeed,
 ) -> TrainState:
     """Restores the newest checkpoint and the data cursor, or creates the state of step 0."""
     transformation = make_optimizer(config, plan)
@@ -102,7 +101,7 @@ def _resume_or_start(
         return initial_state(config, plan, transformation)
     like = abstract_state(config, plan, transformation, mesh)
     state, cursor = checkpoints.restore(like)
-    batches.set_state(cursor)
+    feed.set_state(cursor)
     return state
 
 

@@ -44,6 +44,7 @@ import jax
 import numpy as np
 
 from kimi_jax.core.errors import DataError, KimiError
+from kimi_jax.parallel.multihost import is_first
 
 METRICS_FILE = "metrics.jsonl"
 LAYERS_FILE = "layers.jsonl"
@@ -86,7 +87,7 @@ class MetricLog:
         Raises:
           DataError: an earlier line is not JSON.
         """
-        self._writer = _Writer(pathlib.Path(workdir), from_step) if _is_first_process() else None
+        self._writer = _Writer(pathlib.Path(workdir), from_step) if is_first() else None
         self._lines_every = lines_every
         self._layers_every = layers_every
         self._pending: tuple[int, dict[str, Any]] | None = None
@@ -258,7 +259,3 @@ def _plain(value: Any) -> int | float | list | None:
     if not np.isfinite(number):
         return None
     return number if dtype == np.float64 else float(str(np.float32(number)))
-
-
-def _is_first_process() -> bool:
-    return jax.process_index() == 0

@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from kimi_jax.parallel.multihost import is_first
+
 LINE_SECONDS = 10.0  # between two lines where the display cannot be redrawn
 LOG_FILE_WIDTH = 120  # columns of a table that goes to a file
 GIB = 2**30
@@ -169,5 +171,7 @@ def clock(seconds: int | float) -> str:
 
 
 def _standard_output() -> Console:
+    if not is_first():
+        return Console(quiet=True, force_terminal=False)
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=LOG_FILE_WIDTH)

@@ -67,13 +67,13 @@ def abstract_state(
     What a checkpoint is restored into: a state saved on one mesh lands on another by its names.
     """
     create = functools.partial(_create, config=config, plan=plan, transformation=transformation)
-    # Nothing is computed, since the mesh's devices may be absent.
-    key = jax.eval_shape(lambda: _root_key(config))
-    shapes = jax.eval_shape(create, jax.ShapeDtypeStruct(key.shape, key.dtype))
+    shapes = jax.eval_shape(lambda: create(_root_key(config)))
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # Scalars come out of eval_shape without a sharding.
-        spec = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+        # Scalars and the key come out of eval_shape without a sharding, or with a shorter one than
+        # the step's results have.
+        known = leaf.sharding.spec if leaf.sharding is not None else ()
+        spec = PartitionSpec(*known, *(None,) * (leaf.ndim - len(known)))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, shapes)

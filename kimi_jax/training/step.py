@@ -16,7 +16,7 @@ from kimi_jax.model import loss, transformer
 from kimi_jax.model.stats import ModelStats
 from kimi_jax.optimizers import load_balance, muon_clip, qk_clip
 from kimi_jax.optimizers.schedules import learning_rate_schedule
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.parallel.topologies import lowering_platform
 from kimi_jax.training.accumulate import accumulate, split_micro_batches
 from kimi_jax.training.state import TrainState, abstract_state
@@ -51,7 +51,7 @@ def lower_train_step(
         batch = abstract_batch(
             config.training.batch_sequences,
             config.data.sequence_length,
-            jax.NamedSharding(mesh, BATCH),
+            jax.NamedSharding(mesh, TOKENS),
         )
         traced = jax.jit(step, donate_argnums=0).trace(state, batch)
         return traced.lower(lowering_platforms=(lowering_platform(mesh.devices.flat[0]),))

@@ -4,9 +4,12 @@ import json
 import os
 import pathlib
 
+import jax
+
 from kimi_jax.configs import convert
 from kimi_jax.configs.experiment import ExperimentConfig
-from kimi_jax.core.errors import CheckpointMismatchError, ConfigError
+from kimi_jax.core.errors import CheckpointMismatchError, ConfigError, require
+from kimi_jax.parallel.multihost import first_before_others, is_first
 
 CONFIG_FILE = "config.json"
 
@@ -29,6 +32,8 @@ _FREE_ON_RESUME = (
 def claim(workdir: str | os.PathLike, config: ExperimentConfig, *, resume: bool) -> pathlib.Path:
     """Makes the folder, or checks that it holds a run of the same configuration.
 
+    In a run of several processes the first does that, and the others check that they see it.
+
     Args:
       workdir: folder of the run.
       config: what is about to run.
@@ -40,11 +45,20 @@ def claim(workdir: str | os.PathLike, config: ExperimentConfig, *, resume: bool)
     Raises:
       CheckpointMismatchError: the folder holds a run and `resume` is False, or that run had another
         configuration; nothing is changed then.
-      ConfigError: nothing can be written there.
+      ConfigError: nothing can be written there, or the processes differ in what they see or run.
     """
     folder = pathlib.Path(workdir)
-    path = folder / CONFIG_FILE
     new = convert.to_json_dict(config)
+    with first_before_others("claim the work directory"):
+        if is_first():
+            _claim(folder, new, resume=resume)
+        else:
+            _check_shared(folder, new)
+    return folder
+
+
+def _claim(folder: pathlib.Path, new: dict, *, resume: bool) -> None:
+    path = folder / CONFIG_FILE
     if path.exists():
         if not resume:
             raise CheckpointMismatchError(
@@ -58,7 +72,22 @@ def claim(workdir: str | os.PathLike, config: ExperimentConfig, *, resume: bool)
     except OSError as error:
         raise ConfigError(f"cannot write to --workdir {folder}: {error}") from error
     temporary.replace(path)
-    return folder
+
+
+def _check_shared(folder: pathlib.Path, own: dict) -> None:
+    """Checks what process 0 wrote."""
+    path = folder / CONFIG_FILE
+    require(
+        path.exists(),
+        f"process {jax.process_index()} does not see {path}, which process 0 has written; "
+        "--workdir must be the same folder on every host, such as one on a network file system",
+    )
+    changed = convert.differences(_read(path), own)
+    require(
+        not changed,
+        f"process {jax.process_index()} was started with other options than process 0; start all "
+        "with the same --config and overrides:" + "".join(f"\n  {line}" for line in changed),
+    )
 
 
 def _read(path: pathlib.Path) -> dict:

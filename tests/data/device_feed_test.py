@@ -1,3 +1,5 @@
+from unittest import mock
+
 import chex
 import jax
 import numpy as np
@@ -6,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kimi_jax.data.batches import Batch
-from kimi_jax.data.device_feed import DeviceFeed, put_batch
+from kimi_jax.data.device_feed import DeviceFeed, local_rows, put_batch
 from kimi_jax.data.pipeline import BatchIterator
 
 
@@ -54,9 +56,22 @@ class DeviceFeedTest(parameterized.TestCase):
             shard = array.addressable_shards[0].data
             self.assertEqual(shard.shape, (8 // (data * expert), 3))
 
+    @parameterized.parameters(
+        (range(8), range(8)), ((4, 5, 6, 7), (4, 5, 6, 7)), ((7, 2), (2, 7)), ((0,), (0,))
+    )
+    def test_local_rows_are_those_of_the_own_devices(self, devices, rows):
+        sharding = make_sharding(2, 4)
+        own = {device for device in jax.devices() if device.id in devices}
+        every = sharding.devices_indices_map((8, 3))
+        addressable = {device: every[device] for device in own}
+        with mock.patch.object(
+            NamedSharding, "addressable_devices_indices_map", return_value=addressable
+        ):
+            self.assertSequenceEqual(local_rows(sharding, (8, 3)), rows)
+
     def test_state_is_that_of_the_batches_handed_out(self):
         host = CountingBatches()
-        feed = DeviceFeed(host, make_sharding(2, 4))
+        feed = DeviceFeed(host, make_sharding(2, 4), 8)
         self.assertEqual(feed.get_state(), {"step": 0})
         for step in range(3):
             self.assertEqual(first_value(next(feed)), step)
@@ -64,7 +79,7 @@ class DeviceFeedTest(parameterized.TestCase):
             self.assertEqual(host.get_state(), {"step": step + 2})  # one is on its way
 
     def test_restored_state_continues_with_the_next_batch(self):
-        feed = DeviceFeed(CountingBatches(), make_sharding(2, 4))
+        feed = DeviceFeed(CountingBatches(), make_sharding(2, 4), 8)
         next(feed)
         feed.set_state({"step": 7})
         self.assertEqual(feed.get_state(), {"step": 7})

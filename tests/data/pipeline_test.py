@@ -4,6 +4,7 @@ import pathlib
 import tempfile
 
 import chex
+import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
@@ -60,6 +61,15 @@ class PipelineTest(parameterized.TestCase):
         batches.set_state({**batches.get_state(), "step": 17})
         for expected in self.expected[17:21]:
             chex.assert_trees_all_equal(next(batches), expected)
+
+    @parameterized.parameters(((0, 1, 2, 3),), ((2, 3),), ((0, 3),), ((1,),))
+    def test_a_process_makes_only_its_own_rows_of_the_same_batches(self, part):
+        batches = train_batches(self.corpus, self.config, BATCH, part)
+        self.addCleanup(batches.close)
+        for expected in self.expected:
+            rows = jax.tree.map(lambda array: array[list(part)], expected)
+            chex.assert_trees_all_equal(next(batches), rows)
+        self.start().set_state(batches.get_state())  # a position belongs to all parts
 
     @parameterized.parameters(0, 1, 13, STEPS - 1)
     def test_saved_position_continues_with_the_next_batch(self, step):

@@ -10,7 +10,7 @@ from absl.testing import absltest
 from kimi_jax.configs.compute import ComputeConfig, ComputeDtype
 from kimi_jax.model import loss, transformer
 from kimi_jax.model.transformer import TransformerParams
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 from tests.support import tiny
 
 _WHOLE = ComputeConfig(dtype=ComputeDtype.FLOAT32)
@@ -27,7 +27,7 @@ def _inputs():
 
 def _losses(head, hidden, targets, choices=_WHOLE):
     params = _HEAD_ONLY(head)
-    hidden = jax.reshard(hidden, BATCH)
+    hidden = jax.reshard(hidden, TOKENS)
     return loss.token_losses(params, hidden, targets, config=tiny.MODEL, choices=choices)
 
 

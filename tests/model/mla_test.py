@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ from absl.testing import absltest, parameterized
 from kimi_jax.configs.compute import ComputeConfig, ComputeDtype
 from kimi_jax.core import param_spec
 from kimi_jax.model import mla, rope
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel import rules
+from kimi_jax.parallel.rules import BATCH, TOKENS
 from tests.support import tiny
 
 _CHOICES = ComputeConfig(dtype=ComputeDtype.FLOAT32)
@@ -74,11 +76,39 @@ class MlaTest(parameterized.TestCase):
         x = np.random.default_rng(1).standard_normal((2, 6, config.embed_dim))
         run = functools.partial(mla.mla, config=config, choices=_CHOICES)
         with jax.set_mesh(tiny.mesh(1, 1)):
-            inputs = [jax.reshard(i, BATCH) for i in (jnp.float32(x), _POSITIONS, _SEGMENTS)]
+            inputs = [jax.reshard(i, BATCH) for i in (_POSITIONS, _SEGMENTS)]
+            inputs = [jax.reshard(jnp.float32(x), TOKENS), *inputs]
             out, maxima = jax.jit(run)(params, *inputs)
         expected_out, expected_maxima = _reference(params, x, config)
         np.testing.assert_allclose(maxima, expected_maxima, rtol=1e-4)
         np.testing.assert_allclose(out, expected_out, rtol=1e-3, atol=1e-3)
+
+    def test_latents_are_gathered_and_heads_are_exchanged_for_positions(self):
+        config = dataclasses.replace(tiny.MODEL, num_heads=4)
+        plan = mla.specs(config)
+        mesh = tiny.mesh(1, 1, context=2, tensor=2)
+        shape = (2, 8)
+
+        def abstract(shape, dtype, layout):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, layout))
+
+        with jax.set_mesh(mesh):
+            layouts = rules.partition_specs(plan, rules.COMPUTE)
+            params = param_spec.map_specs(
+                lambda spec, layout: abstract(spec.shape, jnp.float32, layout), plan, layouts
+            )
+            whole = abstract(shape, jnp.int32, BATCH)
+            x = abstract((*shape, config.embed_dim), jnp.float32, TOKENS)
+            run = jax.jit(functools.partial(mla.mla, config=config, choices=_CHOICES))
+            text = run.lower(params, x, whole, whole).compile().as_text()
+        counts = {
+            name: len(re.findall(rf"= [^=]*\b{name}(?:-start)?\(", text))
+            for name in ("all-gather", "all-to-all", "all-reduce", "collective-permute")
+        }
+        # The latents and the rotary key; heads for positions; w_out's partial sums.
+        self.assertEqual(
+            counts, {"all-gather": 3, "all-to-all": 1, "all-reduce": 1, "collective-permute": 0}
+        )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def _run(params, x, config, mesh_shape):
         stored = jax.tree.map(
             lambda leaf, spec: jax.device_put(leaf, jax.NamedSharding(mesh, spec)), params, layouts
         )
-        x = jax.device_put(jnp.float32(x), jax.NamedSharding(mesh, rules.BATCH))
+        x = jax.device_put(jnp.float32(x), jax.NamedSharding(mesh, rules.TOKENS))
         return run(stored, x)
 
 

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl.testing import absltest, parameterized
-from jax.sharding import AxisType
 
 from kimi_jax.configs.optimizer import (
     MatrixGranularity,
@@ -13,10 +12,11 @@ from kimi_jax.configs.optimizer import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.core import param_spec
 from kimi_jax.core.param_spec import named_specs
 from kimi_jax.optimizers.muon import scale_by_muon
-from kimi_jax.parallel.mesh import MESH_AXES
+from kimi_jax.parallel.mesh import MESH_AXES, make_mesh
 from kimi_jax.parallel.rules import STORAGE, partition_specs
 from tests.optimizers import toy_plans
 
@@ -115,7 +115,9 @@ class MuonTest(parameterized.TestCase):
         momentum = self.lookahead("w_out", nesterov=False)
         np.testing.assert_allclose(state.momentum["w_out"], momentum, rtol=1e-5, atol=1e-6)
 
-    @parameterized.product(mesh=[(1, 1), (2, 4)], granularity=[FUSED, HEAD])
+    @parameterized.product(
+        mesh=[(1, 1, 1, 1, 1), (1, 2, 4, 1, 1), (2, 1, 1, 2, 2)], granularity=[FUSED, HEAD]
+    )
     def test_mesh_does_not_change_the_update(self, mesh, granularity):
         plan = {
             "dense": param_spec.stack(self.plan, 1),
@@ -125,9 +127,8 @@ class MuonTest(parameterized.TestCase):
         optimizer = scale_by_muon(config(matrix_granularity=granularity), plan)
         gradients = toy_plans.random_like(plan, seed=0)
         expected, _ = jax.jit(optimizer.update)(gradients, optimizer.init(gradients))
-        explicit = (AxisType.Explicit,) * 2
-        devices = jax.devices()[: mesh[0] * mesh[1]]
-        with jax.set_mesh(jax.make_mesh(mesh, MESH_AXES, axis_types=explicit, devices=devices)):
+        axes = dict(zip(MESH_AXES, mesh, strict=True))
+        with jax.set_mesh(make_mesh(ParallelConfig(**axes), 4)):
             stored = jax.device_put(gradients, partition_specs(plan, STORAGE))
             updates, _ = jax.jit(optimizer.update)(stored, optimizer.init(stored))
             for update, leaf in zip(jax.tree.leaves(updates), jax.tree.leaves(stored), strict=True):

@@ -9,7 +9,16 @@ from absl.testing import absltest, parameterized
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from kimi_jax.parallel.collectives import map_matrices
+from kimi_jax.configs.parallel import ParallelConfig
+from kimi_jax.parallel.collectives import (
+    first_of_tensor_share_per_shard,
+    logsumexp_over_tensor_per_shard,
+    map_matrices,
+    mean_of_positions_per_shard,
+    sum_over_tensor_per_shard,
+)
+from kimi_jax.parallel.mesh import make_mesh
+from kimi_jax.parallel.per_shard import per_shard
 
 MESHES = ((1, 1), (8, 1), (1, 8), (2, 4))
 LAYOUTS = (
@@ -139,6 +148,68 @@ class MapMatricesTest(parameterized.TestCase):
             jax.block_until_ready(jax.jit(lambda x: map_matrices(rule, x, stack_dims=2))(split))
         jax.effects_barrier()
         self.assertCountEqual(computed, marks.tolist())
+
+    def test_replicas_share_the_work_and_exchange_results_in_the_matrices_format(self):
+        axes = (AxisType.Explicit,) * 3
+        mesh = jax.make_mesh((2, 2, 2), ("replica", "data", "expert"), axis_types=axes)
+        with jax.set_mesh(mesh):
+            x = jax.device_put(jnp.bfloat16(values()), P(None, "expert", "data", None))
+            program = jax.jit(lambda x: map_matrices(whole_matrix_rule, x, stack_dims=2))
+            lowered = program.lower(x)
+            mapped = program(x)
+        # 12 matrices on each part of the expert axis: 3 on each device, of which the other
+        # replica's are gathered; still split over data, so that 6 x 16 x 24 arrive, not more.
+        gathers = re.findall(r"all_gather.*-> tensor<(\S+)>", lowered.as_text())
+        self.assertEqual(gathers, ["6x16x24xbf16"])
+        np.testing.assert_allclose(np.float32(mapped), oracle(values()), rtol=0.1, atol=1.0)
+
+    def test_axes_may_nest_in_another_order_than_the_meshs(self):
+        axes = (AxisType.Explicit,) * 3
+        mesh = jax.make_mesh((2, 2, 2), ("data", "context", "tensor"), axis_types=axes)
+
+        def number_rows(x):
+            return x * jnp.arange(1.0, 1 + x.shape[0])[:, None]
+
+        with jax.set_mesh(mesh):
+            x = jax.device_put(values(), P(None, None, ("tensor", "context"), "data"))
+            mapped = jax.jit(lambda x: map_matrices(number_rows, x, stack_dims=2))(x)
+            self.assertTrue(mapped.sharding.is_equivalent_to(x.sharding, x.ndim))
+        np.testing.assert_array_equal(mapped, values() * np.float32(np.arange(1, 17))[:, None])
+
+
+class OverAxesPerShardTest(absltest.TestCase):
+    def test_a_vocabulary_in_shares_has_the_sums_of_the_whole(self):
+        z = values((8, 16))
+
+        def body(z):
+            first = first_of_tensor_share_per_shard(z.shape[1])
+            taken = jnp.where(first + jnp.arange(z.shape[1]) == 5, z, 0.0)
+            of_label = sum_over_tensor_per_shard(jnp.sum(taken, axis=1))
+            return logsumexp_over_tensor_per_shard(jax.nn.logsumexp(z, axis=1)), of_label
+
+        def compute(z):
+            return per_shard(body, in_specs=P(None, "tensor"), out_specs=P())(z)
+
+        def total(z):
+            return jnp.sum(compute(z)[0])
+
+        with jax.set_mesh(make_mesh(ParallelConfig(data=1, expert=1, tensor=4), 1)):
+            split = jax.device_put(z, P(None, "tensor"))
+            log_sum, of_label = jax.jit(compute)(split)
+            gradient = jax.jit(jax.grad(total))(split)
+        wide = np.exp(np.float64(z))
+        np.testing.assert_allclose(log_sum, np.log(wide.sum(axis=1)), rtol=1e-6)
+        np.testing.assert_allclose(of_label, z[:, 5], rtol=1e-6)
+        shares = wide / wide.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(gradient, shares, rtol=1e-5, atol=1e-7)
+
+    def test_a_mean_over_positions_takes_those_of_other_devices(self):
+        x = values((4, 8, 3))
+        layout = P(None, "context", None)
+        with jax.set_mesh(make_mesh(ParallelConfig(data=1, expert=1, context=4), 1)):
+            mean = per_shard(mean_of_positions_per_shard, in_specs=layout, out_specs=P())
+            actual = jax.jit(mean)(jax.device_put(x, layout))
+        np.testing.assert_allclose(actual, x.mean(axis=1), rtol=1e-5, atol=1e-6)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,28 @@ class PerShardTest(absltest.TestCase):
         self.assertEqual(value, 3 * 2 * x.sum())
         self.assertEqual(gradient, 2 * x.sum())
 
+    def test_an_argument_in_another_layout_is_refused(self):
+        run = per_shard(_scale_per_shard, in_specs=(P(), BATCH), out_specs=BATCH)
+        with (
+            jax.set_mesh(make_mesh(ParallelConfig(data=2, expert=4), 8)),
+            self.assertRaisesRegex(ValueError, "does not match the specs of the input"),
+        ):
+            run(jnp.float32(3), jnp.ones(16))
+
+    def test_axes_of_size_1_cost_no_exchange(self):
+        mesh = make_mesh(ParallelConfig(data=1, expert=1), 8)
+
+        def loss(gain, x):
+            return jnp.sum(
+                per_shard(_scale_per_shard, in_specs=(P(), BATCH), out_specs=BATCH)(gain, x)
+            )
+
+        with jax.set_mesh(mesh):
+            x = jax.device_put(np.ones(16, np.float32), jax.NamedSharding(mesh, BATCH))
+            program = jax.jit(jax.grad(loss, argnums=(0, 1)))
+            text = program.lower(jnp.ones((1,)), x).compile().as_text()
+        self.assertNotIn("all-reduce", text)
+
 
 if __name__ == "__main__":
     absltest.main()

@@ -3,10 +3,11 @@ from absl.testing import absltest
 from jax.sharding import PartitionSpec as P
 
 from kimi_jax.core import axes as ax
+from kimi_jax.core.errors import ConfigError
 from kimi_jax.core.param_spec import MATRIX, NORM, ROUTED_EXPERT, ParamSpec
 from kimi_jax.parallel import rules
 
-_SIZES = {"data": 2, "expert": 4}
+_SIZES = {"replica": 1, "data": 2, "expert": 4, "context": 1, "tensor": 1}
 
 
 def _spec(shape, axes, *tags):
@@ -40,6 +41,35 @@ class RulesTest(absltest.TestCase):
         self.assertEqual(rules.partition_spec(spec, rules.STORAGE, _SIZES), P("data", None))
         spec = _spec((5, 24), (ax.EMBED, ax.FFN))
         self.assertEqual(rules.partition_spec(spec, rules.STORAGE, _SIZES), P(None, None))
+
+    def test_heads_are_computed_apart_over_tensor_and_context(self):
+        sizes = _SIZES | {"context": 2, "tensor": 4}
+        spec = _spec((16, 8, 24), (ax.Q_LATENT, ax.HEADS, ax.HEAD_NOPE))
+        self.assertEqual(
+            rules.partition_spec(spec, rules.COMPUTE, sizes), P(None, ("tensor", "context"), None)
+        )
+        self.assertEqual(
+            rules.partition_spec(spec, rules.STORAGE, sizes),
+            P(("data", "expert"), ("tensor", "context"), None),
+        )
+
+    def test_two_dimensions_that_want_one_axis_are_served_in_the_order_of_the_table(self):
+        sizes = _SIZES | {"context": 2, "tensor": 4}
+        spec = _spec((64, 24), (ax.EMBED, ax.FFN))
+        layout = P(("data", "expert", "context"), "tensor")
+        self.assertEqual(rules.partition_spec(spec, rules.STORAGE, sizes), layout)
+
+    def test_replicas_hold_copies(self):
+        spec = _spec((16, 24), (ax.EMBED, ax.FFN))
+        layout = rules.partition_spec(spec, rules.STORAGE, _SIZES | {"replica": 2})
+        self.assertEqual(layout, P(("data", "expert"), None))
+
+    def test_a_table_with_an_unknown_or_repeated_axis_is_refused(self):
+        spec = _spec((16, 24), (ax.EMBED, ax.FFN))
+        with self.assertRaisesRegex(ConfigError, "'ffn' names the mesh axes .'model'.; the mesh"):
+            rules.partition_spec(spec, {ax.FFN: ("data", "model")}, _SIZES)
+        with self.assertRaisesRegex(ConfigError, "'ffn' names a mesh axis twice"):
+            rules.partition_spec(spec, {ax.FFN: ("data", "data")}, _SIZES)
 
     def test_vectors_are_kept_whole(self):
         spec = _spec((16,), (ax.EMBED,), NORM)

@@ -17,7 +17,7 @@ from kimi_jax.configs.training import TrainingConfig
 from kimi_jax.data.batches import Batch
 from kimi_jax.data.device_feed import put_batch
 from kimi_jax.parallel.mesh import make_mesh
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 
 # Weights so large that routing, attention and gradients are far from the ties and zeros of a model
 # at its usual initialisation.
@@ -68,10 +68,10 @@ def experiment(**sections: dict) -> ExperimentConfig:
     return dataclasses.replace(config, **parts)
 
 
-def mesh(data: int, expert: int) -> jax.sharding.Mesh:
-    """Returns a mesh over the first data x expert devices."""
-    config = ParallelConfig(data=data, expert=expert)
-    return make_mesh(config, MODEL.num_routed_experts, jax.devices()[: data * expert])
+def mesh(data: int, expert: int, **others: int) -> jax.sharding.Mesh:
+    """Returns a mesh over as many devices as it needs; axes that are not named have size 1."""
+    config = ParallelConfig(data=data, expert=expert, **others)
+    return make_mesh(config, MODEL.num_routed_experts)
 
 
 def host_batch(*, seed: int = 0, rows: int = NUM_ROWS) -> Batch:
@@ -93,7 +93,7 @@ def host_batch(*, seed: int = 0, rows: int = NUM_ROWS) -> Batch:
 
 def batch(on: jax.sharding.Mesh, *, seed: int = 0, rows: int = NUM_ROWS) -> Batch:
     """Returns `host_batch` on a mesh."""
-    return put_batch(host_batch(seed=seed, rows=rows), jax.NamedSharding(on, BATCH))
+    return put_batch(host_batch(seed=seed, rows=rows), jax.NamedSharding(on, TOKENS))
 
 
 BYTE_VOCABULARY = 260  # of a model for the tokenizer of bytes, 259

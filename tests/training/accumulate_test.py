@@ -1,11 +1,13 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 from jax.sharding import NamedSharding
 
 from kimi_jax.model.stats import ModelStats
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.training.accumulate import accumulate, split_micro_batches
 from tests.support import tiny
 
@@ -53,7 +55,7 @@ def _run(share, count, mesh_shape=(1, 1)):
         return jax.device_get(run(params, tiny.batch(mesh)))
 
 
-class AccumulateTest(absltest.TestCase):
+class AccumulateTest(parameterized.TestCase):
     def test_gradients_and_loss_are_those_of_the_whole_batch(self):
         gradients, parts, _ = _run(_exact, COUNT)
         batch = tiny.host_batch()
@@ -84,8 +86,9 @@ class AccumulateTest(absltest.TestCase):
             self.assertEqual(stats.expert_load[0, 0], batch.inputs.sum())
             np.testing.assert_allclose(stats.balance_loss, batch.weights.sum(), rtol=TOLERANCE)
 
-    def test_a_micro_batch_takes_every_nth_row_and_stays_on_its_devices(self):
-        mesh = tiny.mesh(2, 4)
+    @parameterized.parameters({"expert": 4}, {"expert": 2, "context": 2})
+    def test_a_micro_batch_takes_every_nth_row_and_stays_on_its_devices(self, **axes):
+        mesh = tiny.mesh(2, **axes)
         with jax.set_mesh(mesh):
             batch = tiny.batch(mesh)
             micro = jax.jit(lambda b: split_micro_batches(b, COUNT))(batch)
@@ -94,14 +97,18 @@ class AccumulateTest(absltest.TestCase):
         host = np.asarray(batch.inputs)
         for index in range(COUNT):
             np.testing.assert_array_equal(micro.inputs[index], host[index::COUNT])
-        before = NamedSharding(mesh, BATCH).devices_indices_map(host.shape)
-        owner = {}
-        for device, (span, *_) in before.items():
-            owner |= dict.fromkeys(range(*span.indices(len(host))), device)
+        before = NamedSharding(mesh, TOKENS).devices_indices_map(host.shape)
+        owners = {
+            (row, position): device
+            for device, (some_rows, some) in before.items()
+            for row in range(*some_rows.indices(len(host)))
+            for position in range(*some.indices(tiny.LENGTH))
+        }
         for shard in micro.inputs.addressable_shards:
-            for row in range(*shard.index[1].indices(rows)):
-                for index in range(*shard.index[0].indices(COUNT)):
-                    self.assertEqual(owner[row * COUNT + index], shard.device)
+            spans = zip(shard.index, micro.inputs.shape, strict=True)
+            parts = [range(*span.indices(size)) for span, size in spans]
+            for index, row, position in itertools.product(*parts):
+                self.assertEqual(owners[row * COUNT + index, position], shard.device)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from absl.testing import absltest, parameterized
 
 from kimi_jax.core.errors import TrainingFailedError
 from kimi_jax.training import faults
+from tests.support import tiny
 
 
 class FaultsTest(parameterized.TestCase):
@@ -23,10 +24,10 @@ class FaultsTest(parameterized.TestCase):
     @parameterized.parameters(signal.SIGINT, signal.SIGTERM)
     def test_a_signal_is_only_noted_and_the_handler_comes_back(self, number):
         before = signal.getsignal(number)
-        with faults.StopRequest() as stop:
-            self.assertIsNone(stop.signal)
+        with faults.StopRequest(tiny.mesh(2, 4)) as stop:
+            self.assertIsNone(stop.agreed())
             os.kill(os.getpid(), number)
-            self.assertEqual(stop.signal, number.name)
+            self.assertEqual(stop.agreed(), number.name)
             self.assertEqual(signal.getsignal(number), before)
         self.assertEqual(signal.getsignal(number), before)
 
@@ -34,7 +35,7 @@ class FaultsTest(parameterized.TestCase):
         # What Python does by default, even where the shell that started it ignores interrupts.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.addCleanup(signal.signal, signal.SIGINT, before)
-        with self.assertRaises(KeyboardInterrupt), faults.StopRequest():
+        with self.assertRaises(KeyboardInterrupt), faults.StopRequest(tiny.mesh(1, 1)):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -1,7 +1,9 @@
 import json
 import pathlib
 import tempfile
+from unittest import mock
 
+import jax
 from absl.testing import absltest, parameterized
 
 from kimi_jax.core.errors import CheckpointMismatchError, ConfigError
@@ -54,6 +56,23 @@ class WorkdirTest(parameterized.TestCase):
         (self.folder / "config.json").write_text("{")
         with self.assertRaisesRegex(CheckpointMismatchError, "config.json is not JSON"):
             workdir.claim(self.folder, tiny.experiment(), resume=True)
+
+    @parameterized.parameters(
+        (None, "process 1 does not see .*config.json.*must be the same folder on every host"),
+        ({"training": {"log_every": 9}}, "other options.*\n  training.log_every: 9 -> 1"),
+        ({}, None),
+    )
+    def test_another_process_checks_that_it_sees_and_runs_the_same(self, first, message):
+        if first is not None:
+            workdir.claim(self.folder, tiny.experiment(**first), resume=True)
+        before = self._files()
+        with mock.patch.object(jax, "process_index", return_value=1):
+            if message is None:
+                workdir.claim(self.folder, tiny.experiment(), resume=False)
+            else:
+                with self.assertRaisesRegex(ConfigError, message):
+                    workdir.claim(self.folder, tiny.experiment(), resume=True)
+        self.assertEqual(self._files(), before)
 
     def test_a_folder_that_cannot_be_made_is_named(self):
         self.folder.write_text("a file")

@@ -13,6 +13,10 @@ _AVAILABLE = {
     Implementation.XLA_ACCELERATOR: xla_accelerator.mla_attention,
     Implementation.REFERENCE: reference.mla_attention,
 }
+_FASTEST = {
+    "tpu": Implementation.XLA_ACCELERATOR,
+    "gpu": Implementation.XLA_ACCELERATOR,
+}
 
 
 @jax.named_scope("mla_attention")
@@ -69,7 +73,7 @@ def mla_attention(
         "mla_attention",
         {"q_nope": q_nope, "q_rope": q_rope, "k_nope": k_nope, "k_rope": k_rope, "value": value},
     )
-    run = select("mla_attention", implementation, _AVAILABLE)
+    run = select("mla_attention", implementation, _AVAILABLE, _FASTEST)
     out, max_logit = run(q_nope, q_rope, k_nope, k_rope, value, segments, scale=scale)
     return out, jax.lax.stop_gradient(max_logit)
 
