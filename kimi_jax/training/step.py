@@ -17,6 +17,7 @@ from kimi_jax.model.stats import ModelStats
 from kimi_jax.optimizers import load_balance, muon_clip, qk_clip
 from kimi_jax.optimizers.schedules import learning_rate_schedule
 from kimi_jax.parallel.rules import TOKENS
+from kimi_jax.parallel.topologies import lowering_platform
 from kimi_jax.training.accumulate import accumulate, split_micro_batches
 from kimi_jax.training.state import TrainState, abstract_state
 
@@ -26,6 +27,34 @@ Metrics = dict[str, jax.Array]
 def make_optimizer(config: ExperimentConfig, plan: Any) -> optax.GradientTransformation:
     """Builds the optimizer that the configuration describes."""
     return muon_clip.muon_clip(config.optimizer, plan, config.training.num_steps)
+
+
+def lower_train_step(
+    config: ExperimentConfig, plan: Any, mesh: jax.sharding.Mesh
+) -> jax.stages.Lowered:
+    """Lowers `train_step` for the mesh, whose devices need not be there.
+
+    Args:
+      config: the run.
+      plan: specs of the parameters.
+      mesh: the devices.
+
+    Returns:
+      The program before it is compiled; it gives up its first argument, the old state.
+    """
+    with jax.set_mesh(mesh):
+        transformation = make_optimizer(config, plan)
+        step = functools.partial(
+            train_step, config=config, plan=plan, transformation=transformation
+        )
+        state = abstract_state(config, plan, transformation, mesh)
+        batch = abstract_batch(
+            config.training.batch_sequences,
+            config.data.sequence_length,
+            jax.NamedSharding(mesh, TOKENS),
+        )
+        traced = jax.jit(step, donate_argnums=0).trace(state, batch)
+        return traced.lower(lowering_platforms=(lowering_platform(mesh.devices.flat[0]),))
 
 
 def compile_train_step(
@@ -42,21 +71,8 @@ def compile_train_step(
       `(state, batch) -> (state, metrics)`, which gives up the old state. Its first call waits for
       the compiler, and raises what the compiler raised.
     """
-    transformation = make_optimizer(config, plan)
-    step = functools.partial(train_step, config=config, plan=plan, transformation=transformation)
-    state = abstract_state(config, plan, transformation, mesh)
-    batch = abstract_batch(
-        config.training.batch_sequences,
-        config.data.sequence_length,
-        jax.NamedSharding(mesh, TOKENS),
-    )
-
-    def compile_for_shapes():
-        with jax.set_mesh(mesh):  # each thread has its own
-            return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-
     compiler = ThreadPoolExecutor(1, thread_name_prefix="compile_train_step")
-    compiled = compiler.submit(compile_for_shapes)
+    compiled = compiler.submit(lambda: lower_train_step(config, plan, mesh).compile())
     compiler.shutdown(wait=False)
     return lambda state, batch: compiled.result()(state, batch)
 

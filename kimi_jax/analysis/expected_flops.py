@@ -1,0 +1,88 @@
+"""How many operations a training step has to execute, in closed form, to compare programs with."""
+
+import dataclasses
+from typing import Any
+
+from kimi_jax.configs.compute import Remat
+from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.configs.optimizer import OptimizerConfig, OptimizerName
+from kimi_jax.model.accounting import SWIGLU_MATRICES, flops_per_token
+from kimi_jax.optimizers.matrix_views import count_matrices, matrix_views
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedFlops:
+    """Operations of one step of the whole mesh, in matrix products.
+
+    Attributes:
+      forward: of the model; of attention's scores the causal half.
+      backward: twice that.
+      recomputed: what the remat policy, the chunks of the logits and the attention kernel's own
+        backward pass compute again.
+      newton_schulz: Muon's orthogonalisation.
+    """
+
+    forward: float
+    backward: float
+    recomputed: float
+    newton_schulz: float
+
+
+def expected_flops(config: ExperimentConfig, plan: Any) -> ExpectedFlops:
+    """Counts the operations of a step.
+
+    Args:
+      config: the run.
+      plan: specs of the parameters.
+    """
+    forward = flops_per_token(config.model, config.data.sequence_length).total
+    return ExpectedFlops(
+        forward=config.batch_tokens * forward,
+        backward=2 * config.batch_tokens * forward,
+        recomputed=config.batch_tokens * _recomputed_per_token(config),
+        newton_schulz=newton_schulz_flops(config.optimizer, plan),
+    )
+
+
+def newton_schulz_flops(config: OptimizerConfig, plan: Any) -> float:
+    """Counts Newton-Schulz of every matrix once: steps * (4 n^2 m + 2 n^3) for n x m, n <= m.
+
+    A step takes A = X X^T (2 n^2 m), A A (2 n^3) and (b A + c A A) X (2 n^2 m).
+
+    Args:
+      config: newton_schulz_steps, matrix_granularity, and whether there is Muon at all.
+      plan: specs of the parameters.
+    """
+    if config.name is not OptimizerName.MUON_CLIP:
+        return 0.0
+    total = 0.0
+    for view in matrix_views(plan, config.matrix_granularity):
+        n, m = sorted(view.matrix_shape)
+        total += count_matrices(view) * (4.0 * n * n * m + 2.0 * n**3)
+    return config.newton_schulz_steps * total
+
+
+def _recomputed_per_token(config: ExperimentConfig) -> float:
+    """Counts what is computed a second time, per token.
+
+    A remat policy repeats a layer up to the last product whose result a gradient needs: the down
+    projections of the feed-forward parts (one matrix in three) are not among them. The K2 policy
+    keeps the latents and the rotary key, whose projections are not repeated. An attention kernel
+    keeps no scores: its backward pass makes them again, policy or not. Chunks of logits are made
+    twice.
+    """
+    model, compute = config.model, config.compute
+    forward = flops_per_token(model, config.data.sequence_length)
+    widths = model.head_qk_dim, model.head_value_dim
+    total = forward.attention_core * widths[0] / sum(widths)
+    if compute.logits_chunk_tokens is not None:
+        total += forward.head
+    if compute.remat is Remat.NONE:
+        return total
+    up = (SWIGLU_MATRICES - 1) / SWIGLU_MATRICES
+    total += forward.attention_projections + forward.attention_core + forward.router
+    total += up * (forward.dense_ffn + forward.shared_experts + forward.routed_experts)
+    if compute.remat is Remat.K2:
+        kept = (model.q_latent_dim or 0) + model.kv_latent_dim + model.head_rope_dim
+        total -= 2.0 * model.num_layers * model.embed_dim * kept
+    return total

@@ -1,0 +1,65 @@
+import jax
+from absl.testing import absltest, parameterized
+
+from kimi_jax.analysis import memory
+from kimi_jax.analysis.step_report import shard_bytes
+from kimi_jax.configs.compute import Remat
+from kimi_jax.model import transformer
+from kimi_jax.training.state import abstract_state
+from kimi_jax.training.step import make_optimizer
+from tests.support import tiny
+
+
+def _terms(config, data=2, expert=4):
+    terms = memory.estimate(config, memory.mesh_sizes(data, expert))
+    return {term.name: term.bytes for term in terms}
+
+
+class MemoryTest(parameterized.TestCase):
+    @parameterized.parameters((1, 1), (2, 4), (8, 1))
+    def test_parameters_and_optimizer_are_those_of_the_real_state(self, data, expert):
+        config = tiny.experiment()
+        mesh = tiny.mesh(data, expert)
+        with jax.set_mesh(mesh):
+            plan = transformer.specs(config.model)
+            state = abstract_state(config, plan, make_optimizer(config, plan), mesh)
+        terms = _terms(config, data, expert)
+        self.assertEqual(terms["parameters"], shard_bytes(state.params))
+        # The state has scalars, counters and norms, too.
+        small = shard_bytes(state.optimizer) - terms["optimizer state"]
+        self.assertBetween(small, 0, 200)
+
+    def test_full_remat_keeps_the_input_of_each_layer(self):
+        config = tiny.experiment(compute={"remat": Remat.FULL})
+        tokens = tiny.NUM_ROWS * tiny.LENGTH // 8
+        kept = _terms(config)["activations kept for the backward pass"]
+        self.assertEqual(kept, 4 * tokens * config.model.embed_dim * config.model.num_layers)
+
+    def test_micro_batches_divide_activations_and_double_gradients(self):
+        one = _terms(tiny.experiment(compute={"remat": Remat.FULL}))
+        four = _terms(
+            tiny.experiment(compute={"remat": Remat.FULL}, training={"accumulation_steps": 4})
+        )
+        kept = "activations kept for the backward pass"
+        self.assertEqual(four[kept], one[kept] // 4)
+        self.assertEqual(four["gradients"], 2 * one["gradients"])
+
+    def test_the_peak_is_state_and_the_larger_phase(self):
+        terms = (
+            memory.Term("state", memory.STATE, 10),
+            memory.Term("a", memory.PASSES, 3),
+            memory.Term("b", memory.PASSES, 4),
+            memory.Term("c", memory.UPDATE, 6),
+        )
+        self.assertEqual(memory.peak(terms), 17)
+
+    def test_less_memory_needs_a_larger_mesh_and_too_little_none(self):
+        config = tiny.experiment()
+        alone = memory.peak(memory.estimate(config, memory.mesh_sizes(1, 1)))
+        self.assertEqual(memory.smallest_mesh(config, 2 * alone)[0], 1)
+        self.assertGreater(memory.smallest_mesh(config, alone // 2)[0], 1)
+        self.assertIsNone(memory.smallest_mesh(config, 1000))
+
+
+if __name__ == "__main__":
+    absltest.main()
