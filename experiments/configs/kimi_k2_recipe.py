@@ -1,0 +1,64 @@
+"""What the pre-training runs of Kimi K2 have in common: the published recipe (arXiv 2507.20534).
+
+Section 2.5: sequences of 4,096 tokens in batches of 67 M; 500 steps of warm-up to 2e-4, constant
+up to 10 T tokens, a cosine to 2e-5 over 5.5 T; weight decay 0.1, tau 100. Momentum, AdamW's betas,
+the clipping of gradients and the rate of the selection biases are not published; they are this
+project's defaults. The corpus is the user's: `data/` beside the program, or overrides.
+"""
+
+import dataclasses
+
+from kimi_jax.configs import presets
+from kimi_jax.configs.compute import ComputeConfig
+from kimi_jax.configs.data import (
+    DataConfig,
+    SourceConfig,
+    SourceKind,
+    TokenizerConfig,
+    TokenizerKind,
+)
+from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.configs.optimizer import OptimizerConfig, ScheduleConfig
+from kimi_jax.configs.parallel import ParallelConfig
+from kimi_jax.configs.training import TrainingConfig
+
+SEQUENCE_LENGTH = 4096
+BATCH_SEQUENCES = 16_384  # 67,108,864 tokens
+_BATCH_TOKENS = BATCH_SEQUENCES * SEQUENCE_LENGTH
+_WARMUP_STEPS = 500
+_STABLE_STEPS = round(10e12 / _BATCH_TOKENS) - _WARMUP_STEPS
+_DECAY_STEPS = round(5.5e12 / _BATCH_TOKENS)
+
+
+def experiment(
+    *, parallel: ParallelConfig, compute: ComputeConfig, accumulation_steps: int
+) -> ExperimentConfig:
+    """Returns the whole run, laid out as given."""
+    return ExperimentConfig(
+        # Pre-training ran at the native context; YaRN came with the extension.
+        model=dataclasses.replace(presets.kimi_k2(), yarn=None, max_position=SEQUENCE_LENGTH),
+        data=DataConfig(
+            tokenizer=TokenizerConfig(kind=TokenizerKind.KIMI, path="data/tokenizer"),
+            sources={"corpus": SourceConfig(kind=SourceKind.ARRAY_RECORD, path="data/corpus")},
+            sequence_length=SEQUENCE_LENGTH,
+            held_out_fraction=1e-6,
+        ),
+        optimizer=OptimizerConfig(
+            schedule=ScheduleConfig(
+                peak=2e-4,
+                warmup_steps=_WARMUP_STEPS,
+                stable_steps=_STABLE_STEPS,
+                decay_steps=_DECAY_STEPS,
+                final=2e-5,
+            )
+        ),
+        training=TrainingConfig(
+            num_steps=_WARMUP_STEPS + _STABLE_STEPS + _DECAY_STEPS,
+            batch_sequences=BATCH_SEQUENCES,
+            accumulation_steps=accumulation_steps,
+            eval_every=1000,
+            checkpoint_every=250,
+        ),
+        compute=compute,
+        parallel=parallel,
+    )
