@@ -20,6 +20,7 @@ KINDS = (
 )
 _IOTA = re.compile(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"mesh\[([^\]]*)\](?:T\(([\d,]+)\))? ?\{([^}]*)\}")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _AXIS_SIZE = re.compile(r"'([^']+)'=(\d+)")
 _AXIS_NAME = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
@@ -45,8 +46,12 @@ def collective(
     instruction: Instruction,
     computation: Computation,
     axis_sizes: Mapping[str, int],
+    num_partitions: int,
 ) -> Collective | None:
     """Reads an instruction as a collective.
+
+    Where there are several slices, a program is one slice's: what it exchanges with the others, it
+    sends to the host, and the rest happens among its own devices.
 
     A device of a group of g sends, by rings, (g-1)/g of the gathered, scattered or exchanged array,
     twice that for an all-reduce, and all of its array for a permutation. A ragged exchange counts
@@ -55,16 +60,23 @@ def collective(
     Args:
       instruction: any.
       computation: the one it is in.
-      axis_sizes: the mesh, whose devices are numbered row by row.
+      axis_sizes: the mesh, whose devices are numbered row by row, slice by slice.
+      num_partitions: devices of a slice.
 
     Returns:
       None for what is no collective, for the end of an asynchronous one, and for one among single
       devices.
     """
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in KINDS:
+    between_slices = _BETWEEN_SLICES.search(instruction.attributes) if kind == "send" else None
+    if between_slices:
+        kind = between_slices.group(1).lower().replace("_", "-")
+        slices = math.prod(axis_sizes.values()) // num_partitions
+        groups = np.arange(slices * num_partitions).reshape(slices, num_partitions).T
+    elif kind in KINDS:
+        groups = _groups(instruction, num_partitions)
+    else:
         return None
-    groups = _groups(instruction, math.prod(axis_sizes.values()))
     size = groups.shape[1]
     if size == 1:
         return None

@@ -195,7 +195,7 @@ def _work_of(
     fused: bool,
 ) -> tuple[Work, Collective | None]:
     """Counts one run of one instruction, without what it calls."""
-    moved = collective(instruction, computation, axis_sizes)
+    moved = collective(instruction, computation, axis_sizes, module.num_partitions)
     return (
         Work(
             flops=work.flops(instruction, computation) or 0.0,

@@ -30,6 +30,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRUE_FALSE = re.compile(r"(?:true|false)_computation=%?([\w.\-]+)")
 _OPERATION_NAME = re.compile(r'op_name="([^"]*)"')
+_PARTITIONS = re.compile(r"num_partitions=(\d+)")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 # In layouts of the TPU compiler, memory that is not the chip's main memory, by number.
@@ -139,10 +140,18 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Module:
-    """All computations of a compiled program."""
+    """All computations of a compiled program.
+
+    Attributes:
+      computations: by name.
+      entry: the one that runs first.
+      num_partitions: devices that the program is written for; those of one slice where there are
+        several.
+    """
 
     computations: dict[str, Computation]
     entry: Computation
+    num_partitions: int
 
 
 def bits_of(type_name: str) -> int:
@@ -172,7 +181,8 @@ def parse(text: str) -> Module:
             instructions[instruction.name] = instruction
     if entry is None:
         raise ValueError("the text of the compiled program has no ENTRY computation")
-    return Module(computations, entry)
+    partitions = _PARTITIONS.search(text.partition("\n\n")[0])
+    return Module(computations, entry, int(partitions.group(1)) if partitions else 1)
 
 
 def parse_arrays(text: str) -> tuple[Array, ...]:

@@ -195,14 +195,23 @@ class Frame:
         array = instruction.arrays[0] if instruction.arrays else None
         if array is None or array.type[0] not in "sup" or np.prod(array.dims) > _LARGEST_ARRAY:
             return None
-        if opcode == "partition-id":
-            return np.asarray(self.device)
-        if opcode == "constant":
-            return _constant(instruction)
+        if not operands:
+            return self._source(instruction)
         values = [self.value(operand) for operand in operands]
         if any(value is None for value in values):
             return None
         return _apply(instruction, values)
+
+    def _source(self, instruction: Instruction) -> Value:
+        """Returns the value of an instruction without arguments."""
+        slice_number, number = divmod(self.device, self._module.num_partitions)
+        if instruction.opcode == "constant":
+            return _constant(instruction)
+        if instruction.opcode == "partition-id":
+            return np.asarray(number)
+        if "SliceId" in instruction.attributes:
+            return np.asarray(slice_number)
+        return np.asarray(0) if instruction.opcode == "replica-id" else None
 
 
 def entry_frame(module: Module, device: int) -> Frame:

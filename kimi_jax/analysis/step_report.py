@@ -22,7 +22,8 @@ Report = dict[str, Any]
 OPTIMIZER = "optimizer"
 NEWTON_SCHULZ = "newton_schulz"
 _OUTERMOST_SCOPE = "train_step"
-_SAMPLED_DEVICES = 16
+_SAMPLED_DEVICES = 32
+_GOLDEN = 0.6180339887498949  # its multiples keep no step with the axes of a mesh
 _BUFFERS = 20  # that are named
 
 
@@ -50,7 +51,7 @@ def step_report(
     sizes = dict(mesh.shape)
     module = hlo.parse(compiled.as_text())
     # Devices own different matrices of the optimizer: work is a mean, time that of the slowest.
-    numbers = range(0, mesh.size, max(1, mesh.size // _SAMPLED_DEVICES))
+    numbers = _sample(mesh.size)
     programs = [
         report_device(module, sizes, device=number, skip_scopes=(_OUTERMOST_SCOPE,))
         for number in numbers
@@ -73,6 +74,13 @@ def step_report(
         "unknown_custom_calls": slowest.unknown_calls,
         "assumptions": list(costs.ASSUMPTIONS),
     }
+
+
+def _sample(devices: int) -> list[int]:
+    """Returns all numbers of few devices, or some of many, spread over every axis."""
+    if devices <= _SAMPLED_DEVICES:
+        return list(range(devices))
+    return sorted({int(devices * (i * _GOLDEN % 1)) for i in range(_SAMPLED_DEVICES)})
 
 
 def link_bandwidths(

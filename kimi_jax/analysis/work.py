@@ -52,6 +52,7 @@ _FREE_TARGETS = frozenset(
         "X64SplitHigh",
         "X64Combine",
         "CreateToken",
+        "ZeroCrop",
     }
 )
 _VIEWS = frozenset({"bitcast", "reshape", "convert", "copy"})

@@ -36,10 +36,23 @@ def _read(*lines: str):
     body = "".join(f"  {line}\n" for line in lines)
     module = hlo.parse(f"ENTRY %main () -> f32[] {{\n{body}}}\n")
     instructions = module.entry.instructions.values()
-    return [collective(instruction, module.entry, _MESH) for instruction in instructions]
+    return [collective(instruction, module.entry, _MESH, 8) for instruction in instructions]
 
 
 class CollectiveTest(absltest.TestCase):
+    def test_what_one_slice_sends_to_the_others_lies_along_the_slowest_axis(self):
+        text = """ENTRY %main () -> f32[] {
+  %x = f32[8]{0} parameter(0)
+  %t = token[] after-all()
+  %y = (f32[8]{0}, u32[]{:S(2)}, token[]) send(%x, %t), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+        module = hlo.parse(text)
+        sent = collective(module.entry.instructions["y"], module.entry, _MESH, 4)
+        self.assertEqual((sent.kind, sent.axes), ("all-reduce", ("data",)))
+        self.assertEqual(sent.bytes, 2 * 0.5 * 32)
+
     def test_an_asynchronous_collective_counts_at_its_start_only(self):
         _, start, done = _read(
             "%x = bf16[8,16]{1,0:T(8,128)} parameter(0)",

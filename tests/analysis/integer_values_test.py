@@ -28,7 +28,11 @@ ENTRY %main (x: f32[8], n: s32[]) -> f32[8] {{
   %n = s32[] parameter(1)
   %first = s32[] constant({first})
   %device = u32[] partition-id()
-  %signed = s32[] convert(%device)
+  %slice = u32[] custom-call(), custom_call_target="SliceId"
+  %devices = u32[] constant(4)
+  %before = u32[] multiply(%slice, %devices)
+  %global = u32[] add(%before, %device)
+  %signed = s32[] convert(%global)
   %table = s32[8]{{0}} constant({{9, 8, 7, 6, 5, 4, 3, 2}})
   %looked_up = s32[1]{{0}} dynamic-slice(%table, %signed), dynamic_slice_sizes={{1}}
   %entry = s32[] bitcast(%looked_up)
@@ -42,7 +46,7 @@ _PASSED = "get-tuple-element(%q), index=1"
 
 def _trip_count(*, device=0, **parts):
     defaults = {"first": 0, "step": 1, "limit": _PASSED, "direction": "LT", "bound": "%n"}
-    module = hlo.parse(_LOOP.format(**defaults | parts))
+    module = hlo.parse("HloModule m, num_partitions=4\n\n" + _LOOP.format(**defaults | parts))
     return entry_frame(module, device).trip_count(module.entry.root)
 
 
