@@ -15,7 +15,7 @@ _GIB = 2**30
 
 
 def _compile(*options: str) -> dict:
-    """Reports on one step of a sequence of 4,096 tokens a device, as `tools/aot_compile.py` does."""
+    """Returns what `tools/aot_compile.py` reports of a step of one sequence a device."""
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "report.json"
         command = [
