@@ -59,16 +59,22 @@ def main() -> None:
 
 def _sizes(config: ExperimentConfig, devices: int | None) -> dict[str, int] | None:
     """Returns the mesh that the user has named, by --devices or in the configuration."""
-    data, expert = config.parallel.data, config.parallel.expert
+    parallel = config.parallel
+    data, expert = parallel.data, parallel.expert
+    others = {name: getattr(parallel, name) for name in ("replica", "context", "tensor")}
+    fixed = math.prod(others.values())
     if devices is None:
-        return memory.mesh_sizes(data, expert) if data and expert else None
-    expert = expert or (devices // data if data else _widest_expert_axis(devices, config))
-    data = data or devices // expert
+        return memory.mesh_sizes(data, expert, **others) if data and expert else None
+    left = devices // fixed
+    expert = expert or (left // data if data else _widest_expert_axis(left, config))
+    data = data or left // expert
+    mesh = others | {"data": data, "expert": expert}
     require(
-        data * expert == devices,
-        f"--devices={devices} is not parallel.data {data} x parallel.expert {expert}",
+        fixed * data * expert == devices,
+        f"--devices={devices} is not "
+        + " x ".join(f"parallel.{name} {size}" for name, size in mesh.items()),
     )
-    return memory.mesh_sizes(data, expert)
+    return memory.mesh_sizes(data, expert, **others)
 
 
 def _widest_expert_axis(devices: int, config: ExperimentConfig) -> int:
@@ -83,7 +89,7 @@ def _table(terms: tuple[memory.Term, ...], sizes: dict[str, int], chip: costs.Ch
         table.add_column(heading)
     for heading in ("GiB", "of the chip"):
         table.add_column(heading, justify="right")
-    rows = [(t.name, t.phase, t.bytes) for t in terms]
+    rows = [(t.name, ", ".join(t.phases), t.bytes) for t in terms]
     rows += [("peak", "", memory.peak(terms)), (f"{_CHIP.value}", "", chip.memory_bytes)]
     for name, phase, size in rows:
         table.add_row(name, phase, f"{size / costs.GIB:.3f}", f"{size / chip.memory_bytes:.1%}")

@@ -5,6 +5,7 @@ from typing import Any
 
 from kimi_jax.configs.compute import Remat
 from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.configs.model import ModelConfig
 from kimi_jax.configs.optimizer import OptimizerConfig, OptimizerName
 from kimi_jax.model.accounting import SWIGLU_MATRICES, flops_per_token
 from kimi_jax.optimizers.matrix_views import count_matrices, matrix_views
@@ -65,9 +66,9 @@ def newton_schulz_flops(config: OptimizerConfig, plan: Any) -> float:
 def _recomputed_per_token(config: ExperimentConfig) -> float:
     """Counts what is computed a second time, per token.
 
-    A remat policy repeats a layer up to the last product whose result a gradient needs: the down
-    projections of the feed-forward parts (one matrix in three) are not among them. The K2 policy
-    keeps the latents and the rotary key, whose projections are not repeated. An attention kernel
+    FULL repeats a layer up to the last product whose result a gradient needs: the down projections
+    of the feed-forward parts (one matrix in three) are not among them. K2, with the kernels for
+    accelerators, repeats the router and the projections of latents to heads. An attention kernel
     keeps no scores: its backward pass makes them again, policy or not. Chunks of logits are made
     twice.
     """
@@ -77,12 +78,21 @@ def _recomputed_per_token(config: ExperimentConfig) -> float:
     total = forward.attention_core * widths[0] / sum(widths)
     if compute.logits_chunk_tokens is not None:
         total += forward.head
-    if compute.remat is Remat.NONE:
-        return total
-    up = (SWIGLU_MATRICES - 1) / SWIGLU_MATRICES
-    total += forward.attention_projections + forward.attention_core + forward.router
-    total += up * (forward.dense_ffn + forward.shared_experts + forward.routed_experts)
-    if compute.remat is Remat.K2:
-        kept = (model.q_latent_dim or 0) + model.kv_latent_dim + model.head_rope_dim
-        total -= 2.0 * model.num_layers * model.embed_dim * kept
-    return total
+    match compute.remat:
+        case Remat.NONE:
+            return total
+        case Remat.K2:
+            return total + forward.router + 2.0 * model.num_layers * _head_matrices(model)
+        case Remat.FULL:
+            up = (SWIGLU_MATRICES - 1) / SWIGLU_MATRICES
+            total += forward.attention_projections + forward.attention_core + forward.router
+            return total + up * (
+                forward.dense_ffn + forward.shared_experts + forward.routed_experts
+            )
+
+
+def _head_matrices(model: ModelConfig) -> int:
+    """Parameters of one layer's projections to the heads' queries, keys and values."""
+    queries = (model.q_latent_dim or model.embed_dim) * model.head_qk_dim
+    keys_values = model.kv_latent_dim * (model.head_nope_dim + model.head_value_dim)
+    return model.num_heads * (queries + keys_values)

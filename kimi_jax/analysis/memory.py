@@ -15,19 +15,20 @@ import jax.numpy as jnp
 from kimi_jax.configs.compute import Remat
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.core import precision
-from kimi_jax.core.param_spec import NORM, ROUTED_EXPERT, SELECTION_BIAS, ParamSpec, named_specs
+from kimi_jax.core.param_spec import NORM, SELECTION_BIAS, ParamSpec, named_specs
 from kimi_jax.model import transformer
-from kimi_jax.optimizers.matrix_views import matrix_views
 from kimi_jax.optimizers.muon_clip import ADAMW, MUON, label_parameters
 from kimi_jax.parallel import rules
-from kimi_jax.parallel.mesh import EXPERT, MESH_AXES
+from kimi_jax.parallel.collectives import CHUNK_VALUES
+from kimi_jax.parallel.mesh import EXPERT, MESH_AXES, TENSOR
 
 STATE = "all the time"
-PASSES = "forward and backward"
+LAYERS = "layers"  # their backward pass, when the most is kept
+LOSS = "loss"
 UPDATE = "optimizer"
+_PHASES = (LAYERS, LOSS, UPDATE)
 
 _MASTER_BYTES = jnp.dtype(precision.MASTER).itemsize
-_MOMENTS = {MUON: 1, ADAMW: 2}  # float32 values that the optimizer keeps for each parameter
 # A mesh fits if it leaves this share of the memory to what the closed form does not know.
 _USABLE = 0.9
 _MOST_DEVICES = 2**14
@@ -39,12 +40,12 @@ class Term:
 
     Attributes:
       name: what is kept.
-      phase: when: all the time, in the forward and backward passes, or in the optimizer.
+      phases: when: all the time, or in some of the three phases.
       bytes: of one device.
     """
 
     name: str
-    phase: str
+    phases: tuple[str, ...]
     bytes: int
 
 
@@ -59,8 +60,8 @@ class _Setting:
     @property
     def tokens(self) -> int:
         """W, tokens of a device in one micro-batch."""
-        shards = math.prod(self.sizes.values()) * self.config.training.accumulation_steps
-        return self.config.batch_tokens // shards
+        shards = math.prod(size for name, size in self.sizes.items() if name != TENSOR)
+        return self.config.batch_tokens // (shards * self.config.training.accumulation_steps)
 
     @property
     def itemsize(self) -> int:
@@ -79,9 +80,9 @@ class _Setting:
         return spec.size // math.prod(self.sizes[name] for name in names)
 
 
-def mesh_sizes(data: int, expert: int) -> dict[str, int]:
+def mesh_sizes(data: int, expert: int, **others: int) -> dict[str, int]:
     """Returns the sizes of all mesh axes, those not named being 1."""
-    return dict.fromkeys(MESH_AXES, 1) | {"data": data, "expert": expert}
+    return dict.fromkeys(MESH_AXES, 1) | {"data": data, "expert": expert} | others
 
 
 def estimate(config: ExperimentConfig, sizes: Mapping[str, int]) -> tuple[Term, ...]:
@@ -92,25 +93,26 @@ def estimate(config: ExperimentConfig, sizes: Mapping[str, int]) -> tuple[Term, 
       sizes: of the mesh axes.
     """
     setting = _Setting(config, transformer.specs(config.model), sizes)
-    terms: tuple[tuple[str, str, Callable[[_Setting], int]], ...] = (
-        ("parameters", STATE, _parameters),
-        ("optimizer state", STATE, _optimizer_state),
-        ("gradients", STATE, _gradients),
-        ("activations kept for the backward pass", PASSES, _kept_activations),
-        ("activations of the layer at work", PASSES, _layer_activations),
-        ("gathered weights of a layer and their gradients", PASSES, _gathered_layer),
-        ("exchange of tokens between experts", PASSES, _exchange),
-        ("embedding and head, gathered, and a gradient", PASSES, _gathered_ends),
-        ("logits of a chunk and their gradient", PASSES, _logits),
-        ("updates on their way through Newton-Schulz", UPDATE, _newton_schulz),
+    terms: tuple[tuple[str, tuple[str, ...], Callable[[_Setting], int]], ...] = (
+        ("parameters", (STATE,), _parameters),
+        ("optimizer state", (STATE,), _optimizer_state),
+        ("gradients", (LAYERS, UPDATE), _gradients),
+        ("layers' weights in the compute dtype", (LAYERS, LOSS), _cast_layers),
+        ("activations kept for the backward pass", (LAYERS, LOSS), _kept_activations),
+        ("activations of the layer at work", (LAYERS,), _layer_activations),
+        ("gathered weights of a layer and their gradients", (LAYERS,), _gathered_layer),
+        ("exchange of tokens between experts", (LAYERS,), _exchange),
+        ("head, gathered, and its gradient", (LOSS,), _gathered_ends),
+        ("logits of a chunk and their gradient", (LOSS,), _logits),
+        ("updates on their way through Newton-Schulz", (UPDATE,), _newton_schulz),
     )
-    return tuple(Term(name, phase, count(setting)) for name, phase, count in terms)
+    return tuple(Term(name, phases, count(setting)) for name, phases, count in terms)
 
 
 def peak(terms: tuple[Term, ...]) -> int:
     """Returns the largest sum of what is there at the same time: state and one of the phases."""
-    sums = {phase: sum(t.bytes for t in terms if t.phase == phase) for phase in (PASSES, UPDATE)}
-    return sum(t.bytes for t in terms if t.phase == STATE) + max(sums.values())
+    sums = [sum(t.bytes for t in terms if phase in t.phases) for phase in _PHASES]
+    return sum(t.bytes for t in terms if STATE in t.phases) + max(sums)
 
 
 def smallest_mesh(
@@ -153,13 +155,17 @@ def _parameters(setting: _Setting) -> int:
 
 
 def _optimizer_state(setting: _Setting) -> int:
-    """Muon's momentum (1 value a parameter) or AdamW's moments (2), laid out like the parameters.
+    """Muon's momentum, or AdamW's two moments in float32, laid out like the parameters.
 
-    Selection biases have none.
+    Selection biases have none. Offloaded momentum counts, too: on the way to its update all of it
+    passes through the device, and no step was compiled that needs less.
     """
-    labels = dict(_named(label_parameters(setting.plan, setting.config.optimizer)))
-    return _MASTER_BYTES * sum(
-        _MOMENTS.get(labels[name], 0) * setting.values(spec, rules.STORAGE)
+    options = setting.config.optimizer
+    labels = dict(_named(label_parameters(setting.plan, options)))
+    momentum = jnp.dtype(options.momentum_dtype.value).itemsize
+    kept = {MUON: momentum, ADAMW: 2 * _MASTER_BYTES}
+    return sum(
+        kept.get(labels[name], 0) * setting.values(spec, rules.STORAGE)
         for name, spec in named_specs(setting.plan)
     )
 
@@ -170,21 +176,56 @@ def _gradients(setting: _Setting) -> int:
     return copies * _parameters(setting)
 
 
+def _cast_layers(setting: _Setting) -> int:
+    """A copy of the stored layers, cast.
+
+    The program casts a layer when it runs. The TPU compiler takes the cast out of the loop over
+    layers and keeps all of them.
+    """
+    stacks = (setting.plan.dense_blocks, setting.plan.moe_blocks)
+    specs = [spec for stack in stacks if stack is not None for _, spec in named_specs(stack)]
+    if setting.itemsize == _MASTER_BYTES:
+        return 0
+    return setting.itemsize * sum(setting.values(spec, rules.STORAGE) for spec in specs)
+
+
 def _kept_activations(setting: _Setting) -> int:
     """What the scan over layers stacks: W D b a layer, its input, and what the policy adds.
 
-    K2 keeps the latents and the rotary key, too. Without remat everything of `_layer_values` is
-    kept.
+    K2 keeps the latents, the rotary key, attention's output before and after its projection, and
+    gate and up products with the rows that enter the experts. Without remat everything of
+    `_layer_values` is kept. What is offloaded takes no room.
     """
-    model, remat = setting.config.model, setting.config.compute.remat
-    per_token = model.embed_dim
-    if remat is Remat.K2:
-        per_token += (model.q_latent_dim or 0) + model.kv_latent_dim + model.head_rope_dim
-    total = model.num_layers * per_token
-    if remat is Remat.NONE:
-        total += model.num_dense_layers * _layer_values(setting, dense=True)
-        total += model.num_moe_layers * _layer_values(setting, dense=False)
-    return setting.tokens * setting.itemsize * total
+    model, compute = setting.config.model, setting.config.compute
+    if compute.offload_activations:
+        return 0
+    total = setting.tokens * model.num_layers * model.embed_dim
+    match compute.remat:
+        case Remat.K2:
+            of_attention = (model.q_latent_dim or 0) + model.kv_latent_dim + model.head_rope_dim
+            of_attention += model.num_heads * model.head_value_dim + model.embed_dim
+            shared = 2 * model.num_shared_experts * model.expert_ffn_dim
+            of_experts = _expert_rows(setting) * (model.embed_dim + 2 * model.expert_ffn_dim)
+            total += setting.tokens * model.num_layers * of_attention
+            total += setting.tokens * model.num_dense_layers * 2 * model.dense_ffn_dim
+            total += model.num_moe_layers * (setting.tokens * shared + of_experts)
+        case Remat.NONE:
+            of_layers = model.num_dense_layers * _layer_values(setting, dense=True)
+            of_layers += model.num_moe_layers * _layer_values(setting, dense=False)
+            total += setting.tokens * of_layers
+    return setting.itemsize * total
+
+
+def _expert_rows(setting: _Setting) -> int:
+    """Rows that a device's experts compute: W K, or as many as its exchange buffer holds."""
+    model, devices = setting.config.model, setting.sizes[EXPERT]
+    even = setting.tokens * model.experts_per_token
+    if devices == 1:
+        return even
+    held = model.num_routed_experts // devices
+    worst = devices * setting.tokens * min(model.experts_per_token, held)
+    capacity = setting.config.compute.exchange_capacity
+    return worst if capacity is None else min(worst, math.ceil(capacity * even))
 
 
 def _layer_activations(setting: _Setting) -> int:
@@ -226,21 +267,17 @@ def _gathered_layer(setting: _Setting) -> int:
 
 
 def _exchange(setting: _Setting) -> int:
-    """All tokens of an expert group: W e D once in the compute dtype, once summed in float32.
-
-    The backward pass has the gradient of the sums and the sums of the gradients beside them.
-    """
+    """The rows that arrive at the experts and leave them, and the gradients of both."""
     model = setting.config.model
     if model.num_moe_layers == 0 or setting.sizes[EXPERT] == 1:
         return 0
-    rows = setting.tokens * setting.sizes[EXPERT]
-    return 2 * rows * model.embed_dim * (setting.itemsize + _MASTER_BYTES)
+    return 4 * _expert_rows(setting) * model.embed_dim * setting.itemsize
 
 
 def _gathered_ends(setting: _Setting) -> int:
     """The head while the loss runs, D V in the compute dtype, and its gradient, summed in float32.
 
-    The embedding is as large and is gathered when the head is not.
+    The embedding is as large, and gathered when neither the head nor the layers are.
     """
     values = setting.values(setting.plan.head, rules.COMPUTE)
     return values * (setting.itemsize + _MASTER_BYTES)
@@ -253,27 +290,20 @@ def _logits(setting: _Setting) -> int:
 
 
 def _newton_schulz(setting: _Setting) -> int:
-    """Updates of all matrices, float32, and the largest stack in the products' format, in and out.
+    """Updates of all matrices in the products' format, and a chunk that is exchanged.
 
-    A stack is all leaves of one shape; its exchange needs a copy before and one after.
+    The iteration needs the chunk in float32, its product with the polynomial, and both factors.
     """
-    config = setting.config.optimizer
-    labels = dict(_named(label_parameters(setting.plan, config)))
-    specs = dict(named_specs(setting.plan))
-    held = {
-        name: setting.values(spec, rules.STORAGE)
-        for name, spec in specs.items()
+    options = setting.config.optimizer
+    labels = dict(_named(label_parameters(setting.plan, options)))
+    held = sum(
+        setting.values(spec, rules.STORAGE)
+        for name, spec in named_specs(setting.plan)
         if labels[name] == MUON
-    }
-    if not held:
-        return 0
-    stacks: dict[Any, int] = {}
-    for view in matrix_views(setting.plan, config.matrix_granularity):
-        routed = ROUTED_EXPERT in specs[view.names[0]].tags
-        key = (view.matrix_shape, routed)
-        stacks[key] = stacks.get(key, 0) + sum(held[name] for name in view.names)
-    itemsize = jnp.dtype(config.newton_schulz_dtype.value).itemsize
-    return _MASTER_BYTES * sum(held.values()) + 2 * itemsize * max(stacks.values())
+    )
+    itemsize = jnp.dtype(options.newton_schulz_dtype.value).itemsize
+    chunk = min(held, CHUNK_VALUES) * 2 * (itemsize + _MASTER_BYTES)
+    return itemsize * held + chunk if held else 0
 
 
 def _named(tree: Any) -> Iterator[tuple[str, Any]]:

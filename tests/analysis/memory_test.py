@@ -46,10 +46,11 @@ class MemoryTest(parameterized.TestCase):
 
     def test_the_peak_is_state_and_the_larger_phase(self):
         terms = (
-            memory.Term("state", memory.STATE, 10),
-            memory.Term("a", memory.PASSES, 3),
-            memory.Term("b", memory.PASSES, 4),
-            memory.Term("c", memory.UPDATE, 6),
+            memory.Term("state", (memory.STATE,), 10),
+            memory.Term("a", (memory.LAYERS, memory.LOSS), 3),
+            memory.Term("b", (memory.LAYERS,), 4),
+            memory.Term("c", (memory.LOSS,), 2),
+            memory.Term("d", (memory.UPDATE,), 6),
         )
         self.assertEqual(memory.peak(terms), 17)
 

@@ -2,7 +2,7 @@ import jax
 from absl.testing import absltest
 
 from kimi_jax.data.batches import abstract_batch
-from kimi_jax.parallel.rules import BATCH
+from kimi_jax.parallel.rules import TOKENS
 from tests.support import tiny
 
 
@@ -11,7 +11,7 @@ class AbstractBatchTest(absltest.TestCase):
         mesh = tiny.mesh(data=2, expert=4)
         batch = tiny.batch(mesh)
         rows, positions = batch.inputs.shape
-        abstract = abstract_batch(rows, positions, jax.NamedSharding(mesh, BATCH))
+        abstract = abstract_batch(rows, positions, jax.NamedSharding(mesh, TOKENS))
         expected = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), batch)
         self.assertEqual(jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract), expected)
 
