@@ -21,10 +21,15 @@ _SUMMATION_ERROR = 1e-5  # relative: float32 sums in another order
 
 
 def _linear_experts(matrices, x, ids, weights):
-    """Stands for the experts: expert e is the matrix e; foreign ids contribute nothing."""
+    """Stands for the experts: expert e is the matrix e; foreign ids contribute nothing.
+
+    An empty place, the only one whose weight is 0, that comes with an expert spoils the result.
+    """
     local = jnp.arange(matrices.shape[0])
-    share = jnp.sum((ids[:, :, None] == local) * weights[:, :, None], axis=1)
-    return jnp.einsum("wd,edf,we->wf", x, matrices, share)
+    is_local = ids[:, :, None] == local
+    share = jnp.sum(is_local * weights[:, :, None], axis=1)
+    spoilt = jnp.any(is_local & (weights[:, :, None] == 0))
+    return jnp.einsum("wd,edf,we->wf", x, matrices, share) + jnp.where(spoilt, jnp.nan, 0.0)
 
 
 def _exchange_per_shard(matrices, x, ids, weights, *, choices):
