@@ -7,8 +7,9 @@ from kimi_jax.configs.compute import Remat
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.configs.optimizer import OptimizerConfig, OptimizerName
-from kimi_jax.model.accounting import SWIGLU_MATRICES, flops_per_token
+from kimi_jax.model.accounting import SWIGLU_MATRICES, FlopsPerToken, flops_per_token
 from kimi_jax.optimizers.matrix_views import count_matrices, matrix_views
+from kimi_jax.parallel.ragged_exchange import buffer_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,8 @@ class ExpectedFlops:
     """Operations of one step of the whole mesh, in matrix products.
 
     Attributes:
-      forward: of the model; of attention's scores the causal half.
+      forward: of the model; of attention's scores the causal half, of the experts all rows of the
+        exchange's buffers.
       backward: twice that.
       recomputed: what the remat policy, the chunks of the logits and the attention kernel's own
         backward pass compute again.
@@ -29,20 +31,36 @@ class ExpectedFlops:
     newton_schulz: float
 
 
-def expected_flops(config: ExperimentConfig, plan: Any) -> ExpectedFlops:
+def expected_flops(config: ExperimentConfig, plan: Any, expert_devices: int = 1) -> ExpectedFlops:
     """Counts the operations of a step.
 
     Args:
       config: the run.
       plan: specs of the parameters.
+      expert_devices: size of the mesh's expert axis.
     """
-    forward = flops_per_token(config.model, config.data.sequence_length).total
+    forward = _forward_per_token(config, expert_devices)
     return ExpectedFlops(
-        forward=config.batch_tokens * forward,
-        backward=2 * config.batch_tokens * forward,
-        recomputed=config.batch_tokens * _recomputed_per_token(config),
+        forward=config.batch_tokens * forward.total,
+        backward=2 * config.batch_tokens * forward.total,
+        recomputed=config.batch_tokens * _recomputed_per_token(config, forward),
         newton_schulz=newton_schulz_flops(config.optimizer, plan),
     )
+
+
+def _forward_per_token(config: ExperimentConfig, expert_devices: int) -> FlopsPerToken:
+    """The model's operations, and those of the buffers' rows beyond an even load."""
+    model = config.model
+    forward = flops_per_token(model, config.data.sequence_length)
+    if expert_devices == 1:
+        return forward
+    share = buffer_share(
+        devices=expert_devices,
+        per_token=model.experts_per_token,
+        held=model.num_routed_experts // expert_devices,
+        capacity=config.compute.exchange_capacity,
+    )
+    return dataclasses.replace(forward, routed_experts=share * forward.routed_experts)
 
 
 def newton_schulz_flops(config: OptimizerConfig, plan: Any) -> float:
@@ -63,7 +81,7 @@ def newton_schulz_flops(config: OptimizerConfig, plan: Any) -> float:
     return config.newton_schulz_steps * total
 
 
-def _recomputed_per_token(config: ExperimentConfig) -> float:
+def _recomputed_per_token(config: ExperimentConfig, forward: FlopsPerToken) -> float:
     """Counts what is computed a second time, per token.
 
     FULL repeats a layer up to the last product whose result a gradient needs: the down projections
@@ -73,7 +91,6 @@ def _recomputed_per_token(config: ExperimentConfig) -> float:
     twice.
     """
     model, compute = config.model, config.compute
-    forward = flops_per_token(model, config.data.sequence_length)
     widths = model.head_qk_dim, model.head_value_dim
     total = forward.attention_core * widths[0] / sum(widths)
     if compute.logits_chunk_tokens is not None:

@@ -21,6 +21,7 @@ from kimi_jax.optimizers.muon_clip import ADAMW, MUON, label_parameters
 from kimi_jax.parallel import rules
 from kimi_jax.parallel.collectives import CHUNK_VALUES
 from kimi_jax.parallel.mesh import EXPERT, MESH_AXES, TENSOR
+from kimi_jax.parallel.ragged_exchange import buffer_share
 
 STATE = "all the time"
 LAYERS = "layers"  # their backward pass, when the most is kept
@@ -222,10 +223,13 @@ def _expert_rows(setting: _Setting) -> int:
     even = setting.tokens * model.experts_per_token
     if devices == 1:
         return even
-    held = model.num_routed_experts // devices
-    worst = devices * setting.tokens * min(model.experts_per_token, held)
-    capacity = setting.config.compute.exchange_capacity
-    return worst if capacity is None else min(worst, math.ceil(capacity * even))
+    share = buffer_share(
+        devices=devices,
+        per_token=model.experts_per_token,
+        held=model.num_routed_experts // devices,
+        capacity=setting.config.compute.exchange_capacity,
+    )
+    return math.ceil(share * even)
 
 
 def _layer_activations(setting: _Setting) -> int:

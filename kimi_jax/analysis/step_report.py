@@ -14,6 +14,7 @@ from kimi_jax.analysis.expected_flops import expected_flops
 from kimi_jax.analysis.scopes import BACKWARD, FORWARD, RECOMPUTED
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.model.accounting import train_flops_per_step
+from kimi_jax.parallel.mesh import EXPERT
 from kimi_jax.parallel.topologies import spans_network, torus_dimensions
 
 Bandwidths = dict[tuple[str, ...], float]
@@ -67,7 +68,7 @@ def step_report(
             dataclasses.asdict(c) | {"seconds": c.bytes / bandwidths[c.axes]}
             for c in slowest.collectives
         ],
-        "flops": flops(programs, config=config, plan=plan, devices=mesh.size),
+        "flops": flops(programs, config=config, plan=plan, mesh=mesh),
         "time": time(slowest, config=config, chip=chip, bandwidths=bandwidths, devices=mesh.size),
         "scopes": scope_table(slowest, chip, bandwidths),
         "unknown_loops": dict(collections.Counter(slowest.unknown_loops)),
@@ -125,7 +126,11 @@ def shard_bytes(tree: Any) -> int:
 
 
 def flops(
-    programs: list[ProgramReport], *, config: ExperimentConfig, plan: Any, devices: int
+    programs: list[ProgramReport],
+    *,
+    config: ExperimentConfig,
+    plan: Any,
+    mesh: jax.sharding.Mesh,
 ) -> Report:
     """Compares counted operations, the mean over devices, with the closed form, per device."""
     counted = collections.Counter()
@@ -134,14 +139,20 @@ def flops(
             names = scope.name.split("/")
             kind = NEWTON_SCHULZ if NEWTON_SCHULZ in names else scope.phase
             counted[OPTIMIZER if kind == FORWARD and OPTIMIZER in names else kind] += part.flops
-    expected = dataclasses.asdict(expected_flops(config, plan))
-    return {
+    expected = dataclasses.asdict(expected_flops(config, plan, mesh.shape[EXPERT]))
+    table = {
         kind: {
             "counted": counted[kind] / len(programs),
-            "closed_form": expected.get(kind, 0.0) / devices,
+            "closed_form": expected.get(kind, 0.0) / mesh.size,
         }
         for kind in (FORWARD, BACKWARD, RECOMPUTED, NEWTON_SCHULZ, OPTIMIZER)
     }
+    # A fusion's name may give work of one pass to another; the sum is not affected.
+    passes = [table[kind] for kind in (FORWARD, BACKWARD, RECOMPUTED)]
+    table["passes"] = {
+        column: sum(row[column] for row in passes) for column in ("counted", "closed_form")
+    }
+    return table
 
 
 def time(

@@ -40,6 +40,16 @@ class RaggedPlan:
     buffer_rows: int = struct.field(pytree_node=False)  # R, rows that a device can receive
 
 
+def buffer_share(*, devices: int, per_token: int, held: int, capacity: float | None) -> float:
+    """Returns the rows that a device has room for, as a multiple of an even load.
+
+    That is `capacity`, and never more than what comes if all tokens of all devices choose as many
+    of this device's experts as they can, which is what None stands for.
+    """
+    worst = devices * min(per_token, held) / per_token
+    return worst if capacity is None else min(worst, capacity)
+
+
 def make_plan(
     order: Order, *, per_token: int, held: int, capacity: float | None
 ) -> tuple[RaggedPlan, Float[Array, ""]]:
@@ -55,10 +65,8 @@ def make_plan(
       The plan, and how many of this device's rows do not fit.
     """
     num_rows, devices = order.destination.size, jax.lax.axis_size(EXPERT)
-    buffer_rows = devices * (num_rows // per_token) * min(per_token, held)
-    if capacity is not None:
-        even = math.ceil(capacity * num_rows / _ROW_MULTIPLE) * _ROW_MULTIPLE
-        buffer_rows = min(buffer_rows, even)
+    share = buffer_share(devices=devices, per_token=per_token, held=held, capacity=capacity)
+    buffer_rows = math.ceil(share * num_rows / _ROW_MULTIPLE) * _ROW_MULTIPLE
     counts = jax.lax.all_gather(order.counts, EXPERT)  # [sender, receiver]
     ends = jnp.minimum(jnp.cumsum(counts, axis=0), buffer_rows)
     starts = jnp.minimum(jnp.cumsum(counts, axis=0) - counts, buffer_rows)

@@ -9,7 +9,7 @@ from kimi_jax.analysis.expected_flops import expected_flops, newton_schulz_flops
 from kimi_jax.configs.compute import Remat
 from kimi_jax.configs.optimizer import MatrixGranularity, OptimizerName
 from kimi_jax.model import transformer
-from kimi_jax.model.accounting import train_flops_per_step
+from kimi_jax.model.accounting import flops_per_token, train_flops_per_step
 from kimi_jax.optimizers.newton_schulz import newton_schulz
 from tests.support import tiny
 
@@ -62,6 +62,18 @@ class ExpectedFlopsTest(absltest.TestCase):
         model_flops = train_flops_per_step(config.model, tiny.NUM_ROWS, tiny.LENGTH)
         self.assertEqual(expected.forward + expected.backward, model_flops)
         self.assertEqual(expected.backward, 2 * expected.forward)
+
+    def test_rows_of_the_exchanges_buffers_count_filled_or_not(self):
+        config, even = self._expect(exchange_capacity=1.0)
+        _, roomy = self._expect(exchange_capacity=1.5)
+        self.assertEqual(even.forward, roomy.forward)  # one device exchanges nothing
+        plan = transformer.specs(config.model)
+        roomy = expected_flops(
+            tiny.experiment(compute={"exchange_capacity": 1.5}), plan, expert_devices=4
+        )
+        of_experts = flops_per_token(config.model, tiny.LENGTH).routed_experts
+        added = 0.5 * config.batch_tokens * of_experts
+        self.assertAlmostEqual(roomy.forward - even.forward, added, delta=1e-6 * added)
 
     def test_keeping_more_recomputes_less(self):
         full, k2, none = (

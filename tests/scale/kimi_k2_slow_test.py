@@ -12,6 +12,7 @@ from absl.testing import absltest
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _GIB = 2**30
+_TOLERANCE = 0.05  # of operations against their closed form
 
 
 def _compile(*options: str) -> dict:
@@ -38,6 +39,9 @@ class KimiK2SlowTest(absltest.TestCase):
         report = _compile("--config.training.batch_sequences=512")
         self.assertEqual(report["devices"], 512)
         self.assertLessEqual(report["memory"]["peak"], 42 * _GIB)
+        for kind in ("passes", "newton_schulz"):
+            row = report["flops"][kind]
+            self.assertAlmostEqual(row["counted"] / row["closed_form"], 1.0, delta=_TOLERANCE)
 
     def test_the_step_compiles_for_2048_chips_in_four_slices(self):
         report = _compile(
