@@ -55,7 +55,7 @@ class ComputeConfig:
       exchange: how tokens reach the devices of their experts.
       exchange_capacity: room for tokens sent to experts, as a multiple of an even load; tokens that
         find none are dropped and counted (`experts/dropped`). None has room for the worst case.
-        Without effect on `gather`, which never drops.
+        On a CPU, where `auto` gathers, nothing is dropped anyway.
     """
 
     dtype: ComputeDtype = ComputeDtype.BFLOAT16
@@ -73,4 +73,10 @@ class ComputeConfig:
             not (self.offload_activations and self.remat is Remat.NONE),
             "compute.offload_activations moves what compute.remat keeps, and with 'none' that is "
             "every intermediate value; choose 'k2' or 'full' in compute.remat",
+        )
+        require(
+            self.exchange is not Exchange.GATHER or self.exchange_capacity is None,
+            f"compute.exchange_capacity ({self.exchange_capacity}) has no meaning for "
+            "compute.exchange 'gather', which never drops; leave it out, or choose 'ragged' or "
+            "'padded'",
         )

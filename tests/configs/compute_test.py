@@ -1,6 +1,6 @@
 from absl.testing import absltest
 
-from kimi_jax.configs.compute import ComputeConfig, Remat
+from kimi_jax.configs.compute import ComputeConfig, Exchange, Remat
 from kimi_jax.core.errors import ConfigError
 
 
@@ -9,6 +9,11 @@ class ComputeConfigTest(absltest.TestCase):
         with self.assertRaisesRegex(ConfigError, "choose 'k2' or 'full' in compute.remat"):
             ComputeConfig(offload_activations=True)
         ComputeConfig(offload_activations=True, remat=Remat.K2)
+
+    def test_a_capacity_needs_an_exchange_that_has_one(self):
+        with self.assertRaisesRegex(ConfigError, "choose 'ragged' or 'padded'"):
+            ComputeConfig(exchange=Exchange.GATHER, exchange_capacity=1.25)
+        ComputeConfig(exchange=Exchange.RAGGED, exchange_capacity=1.25)
 
 
 if __name__ == "__main__":
