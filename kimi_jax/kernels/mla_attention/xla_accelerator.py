@@ -103,6 +103,15 @@ def _over_pairs(num_positions: int, step: Any, start: Any) -> Any:
     return jax.lax.scan(body, start, np.array(pairs, np.int32))[0]
 
 
+def _keep_masks_here(operands: _Operands) -> _Operands:
+    """Makes segments, in JAX's eyes, depend on the layer.
+
+    They are the same in each, so that JAX would make the masks once, before a scan over layers: for
+    every pair and head, which is more to keep and to read than all else in attention.
+    """
+    return _Operands(*jax.lax.optimization_barrier(tuple(operands)))
+
+
 def _take(x: Array, start: Array, block: int) -> Array:
     """Takes positions from [B, N, T, ...]."""
     return jax.lax.dynamic_slice_in_dim(x, start, block, axis=2)
@@ -131,6 +140,7 @@ def _product(equation: str, a: Array, b: Array) -> Array:
 
 def _forward(operands: _Operands, scale: float) -> tuple[Array, Array, Array]:
     """Returns the output [B, N, T, U], largest logits and log of sums [B, N, T], float32."""
+    operands = _keep_masks_here(operands)
 
     def step(state, query, key, block):
         largest, total, weighted = (_take(x, query, block) for x in state)
@@ -158,6 +168,7 @@ def _backward(
     operands: _Operands, d_out: Array, log_sum: Array, inner: Array, scale: float
 ) -> _Operands:
     """Returns the gradients, none of the segments; `inner` is out . d_out, [B, N, T]."""
+    operands = _keep_masks_here(operands)
 
     def step(sums, query, key, block):
         q, k = _take(operands.q, query, block), _take(operands.k, key, block)
