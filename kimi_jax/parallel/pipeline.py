@@ -91,41 +91,56 @@ def _run_stage(
 ) -> tuple[Float[Array, "b T D"], Any]:
     """Computes one stage's layers for each micro-batch, with weights [L / P, 1, ...]."""
     stage, stages = jax.lax.axis_index(PIPE), jax.lax.axis_size(PIPE)
-    visits = jax.tree.leaves(own)[0].shape[0] * stages  # of a micro-batch to this stage
-    waiting = _exchange(jnp.pad(x[None], ((0, stages - 1), *((0, 0),) * x.ndim)))
-    row_inputs = jax.tree.map(
-        lambda leaf: jax.lax.all_gather(leaf[None], PIPE, tiled=True), row_inputs
-    )
+    visits = jax.tree.leaves(own)[0].shape[0] * stages  # of micro-batches to this stage
+    waiting = jax.tree.map(_bring_to_first_stage, (x, row_inputs))
     ring = [(sender, (sender + 1) % stages) for sender in range(stages)]
 
     @remat  # so that not every visit's copy of the weights is kept
-    def visit(x: Array, number: Array) -> tuple[Array, Any]:
+    def visit(x: Array, row_inputs: Any, number: Array) -> tuple[Array, Any]:
         weights = jax.tree.map(lambda leaf: _item(leaf, number // stages)[0], own)
-        return layer(x, weights, jax.tree.map(lambda leaf: _item(leaf, number % stages), row_inputs))
+        return layer(x, weights, row_inputs)
 
-    def tick(carry: tuple[Array, Array], time: Array) -> tuple[tuple[Array, Array], Any]:
-        x, finished = carry
-        x = jnp.where((stage == 0) & (time < stages), _item(waiting, time % stages), x)
-        x, stats = visit(x, jnp.clip(time - stage, 0, visits - 1))
+    def tick(carry: tuple[Any, Array], time: Array) -> tuple[tuple[Any, Array], Any]:
+        arrived, finished = carry
+        starts = (stage == 0) & (time < stages)
+        x, row_inputs = jax.tree.map(
+            lambda first, came: jnp.where(starts, _item(first, time % stages), came),
+            waiting,
+            arrived,
+        )
+        x, stats = visit(x, row_inputs, jnp.clip(time - stage, 0, visits - 1))
         # The last stage's last P results stay; those before them are overwritten.
         finished = jax.lax.dynamic_update_index_in_dim(finished, x, (time + 1) % stages, 0)
-        return (jax.lax.ppermute(x, PIPE, ring), finished), stats
+        sent = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, PIPE, ring), (x, row_inputs))
+        return (sent, finished), stats
 
     ticks = jnp.arange(visits + stages - 1)
-    (_, finished), stats = jax.lax.scan(tick, (x, waiting), ticks)
-    return _exchange(finished)[-1], jax.tree.map(lambda leaf: _of_visits(leaf, stage, visits, stages), stats)
+    (_, finished), stats = jax.lax.scan(tick, ((x, row_inputs), waiting[0]), ticks)
+    stats = jax.tree.map(lambda leaf: _of_visits(leaf, stage, visits, stages), stats)
+    return _bring_from_last_stage(finished), stats
+
+
+def _bring_to_first_stage(x: Array) -> Array:
+    """Returns every stage's x, [P, ...], on the first stage, and zeros elsewhere.
+
+    One transfer from each stage: XLA makes an all-to-all over one mesh axis gather what the other
+    axes split.
+    """
+    stages = jax.lax.axis_size(PIPE)
+    return jnp.stack([jax.lax.ppermute(x, PIPE, [(stage, 0)]) for stage in range(stages)])
+
+
+def _bring_from_last_stage(parts: Array) -> Array:
+    """Returns part s of the last stage's [P, ...] on stage s."""
+    last = jax.lax.axis_size(PIPE) - 1
+    return sum(jax.lax.ppermute(part, PIPE, [(last, s)]) for s, part in enumerate(parts))
+
+
+def _item(stack: Array, number: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
 
 
 def _of_visits(stats: Array, stage: Array, visits: int, stages: int) -> Array:
     """Leaves out the ticks without work: [ticks, ...] becomes [L / P, 1, P, ...]."""
     worked = jax.lax.dynamic_slice_in_dim(stats, stage, visits)
     return worked.reshape(visits // stages, stages, *stats.shape[1:])[:, None]
-
-
-def _exchange(parts: Array) -> Array:
-    """Sends part s of [P, ...] to stage s; returns what came, by sender."""
-    return jax.lax.all_to_all(parts, PIPE, split_axis=0, concat_axis=0, tiled=True)
-
-
-def _item(stack: Array, number: Array) -> Array:
-    return jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
