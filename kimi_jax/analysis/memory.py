@@ -20,7 +20,7 @@ from kimi_jax.model import transformer
 from kimi_jax.optimizers.muon_clip import ADAMW, MUON, label_parameters
 from kimi_jax.parallel import rules
 from kimi_jax.parallel.collectives import CHUNK_VALUES
-from kimi_jax.parallel.mesh import CONTEXT, EXPERT, MESH_AXES, TENSOR
+from kimi_jax.parallel.mesh import CONTEXT, EXPERT, MESH_AXES, PIPE, TENSOR
 from kimi_jax.parallel.ragged_exchange import buffer_share
 
 STATE = "all the time"
@@ -34,7 +34,7 @@ _MASTER_BYTES = jnp.dtype(precision.MASTER).itemsize
 _USABLE = 0.9
 _MOST_DEVICES = 2**14
 # Mesh axes whose sizes the configuration always states.
-CONFIGURED_AXES = ("replica", "context", "tensor")
+CONFIGURED_AXES = ("pipe", "replica", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,7 @@ def estimate(config: ExperimentConfig, sizes: Mapping[str, int]) -> tuple[Term, 
         ("activations of the layer at work", (LAYERS,), _layer_activations),
         ("gathered weights of a layer and their gradients", (LAYERS,), _gathered_layer),
         ("exchange of tokens between experts", (LAYERS,), _exchange),
+        ("pipeline: gradients of stages, micro-batches in line", (LAYERS,), _pipeline),
         ("head, gathered, and its gradient", (LOSS,), _gathered_ends),
         ("logits of a chunk and their gradient", (LOSS,), _logits),
         ("updates on their way through Newton-Schulz", (UPDATE,), _newton_schulz),
@@ -123,8 +124,8 @@ def smallest_mesh(
 ) -> tuple[int, dict[str, int], int] | None:
     """Finds the fewest devices whose memory the run fits with room.
 
-    Replica, context and tensor axes are the configuration's, and data x expert a power of two: of
-    several divisions of as many devices, the one with the lowest peak.
+    Data x expert is a power of two, of whose divisions the one with the lowest peak is taken; the
+    other axes are the configuration's.
 
     Returns:
       Devices, sizes of the axes and peak bytes; None if no mesh up to 16,384 devices fits.
@@ -148,7 +149,8 @@ def _meshes(
     config: ExperimentConfig, devices: int, others: Mapping[str, int]
 ) -> Iterator[dict[str, int]]:
     left = devices // math.prod(others.values())
-    parts = left * config.parallel.replica * config.training.accumulation_steps
+    parallel = config.parallel
+    parts = left * parallel.pipe * parallel.replica * config.training.accumulation_steps
     if config.training.batch_sequences % parts:
         return
     for expert in range(1, left + 1):
@@ -207,19 +209,20 @@ def _kept_activations(setting: _Setting) -> int:
     model, compute = setting.config.model, setting.config.compute
     if compute.offload_activations:
         return 0
-    total = setting.tokens * model.num_layers * model.embed_dim
+    mixtures = model.num_moe_layers + setting.sizes[PIPE] - 1  # a pipeline also keeps idle ticks
+    total = setting.tokens * (model.num_dense_layers + mixtures) * model.embed_dim
     match compute.remat:
         case Remat.K2:
             of_attention = (model.q_latent_dim or 0) + model.kv_latent_dim + model.head_rope_dim
             of_attention += model.num_heads * model.head_value_dim + model.embed_dim
             shared = 2 * model.num_shared_experts * model.expert_ffn_dim
             of_experts = _expert_rows(setting) * (model.embed_dim + 2 * model.expert_ffn_dim)
-            total += setting.tokens * model.num_layers * of_attention
+            total += setting.tokens * (model.num_dense_layers + mixtures) * of_attention
             total += setting.tokens * model.num_dense_layers * 2 * model.dense_ffn_dim
-            total += model.num_moe_layers * (setting.tokens * shared + of_experts)
+            total += mixtures * (setting.tokens * shared + of_experts)
         case Remat.NONE:
             of_layers = model.num_dense_layers * _layer_values(setting, dense=True)
-            of_layers += model.num_moe_layers * _layer_values(setting, dense=False)
+            of_layers += mixtures * _layer_values(setting, dense=False)
             total += setting.tokens * of_layers
     return setting.itemsize * total
 
@@ -285,6 +288,20 @@ def _exchange(setting: _Setting) -> int:
     if model.num_moe_layers == 0 or setting.sizes[EXPERT] == 1:
         return 0
     return 4 * _expert_rows(setting) * model.embed_dim * setting.itemsize
+
+
+def _pipeline(setting: _Setting) -> int:
+    """Gradients of the layers of a stage, all of them at once, and the stages' queues.
+
+    Of P micro-batches those that wait and those that are finished, and the gradients of both.
+    """
+    stages = setting.sizes[PIPE]
+    if stages == 1 or setting.plan.moe_blocks is None:
+        return 0
+    specs = named_specs(setting.plan.moe_blocks)
+    of_stage = sum(setting.values(spec, rules.STORAGE) for _, spec in specs)
+    queues = 4 * stages * setting.tokens * setting.config.model.embed_dim
+    return setting.itemsize * (of_stage + queues)
 
 
 def _gathered_ends(setting: _Setting) -> int:

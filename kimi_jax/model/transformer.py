@@ -1,5 +1,6 @@
 """The decoder: embedding, dense blocks, mixture blocks, final norm; and the head."""
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from kimi_jax.core.param_spec import EMBEDDING, HEAD, Leaf, ParamSpec, stack
 from kimi_jax.model import block, norm
 from kimi_jax.model.linear import project
 from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
-from kimi_jax.parallel.placement import to_compute
+from kimi_jax.parallel.pipeline import num_stages, pipeline
+from kimi_jax.parallel.placement import cast, to_compute
 from kimi_jax.parallel.rules import BATCH, REPLICATED, TOKENS
 
 _LAYER_INPUT = "layer_input"
@@ -110,9 +112,8 @@ def forward(
     stacks = []
     for stored, dense in ((params.dense_blocks, True), (params.moe_blocks, False)):
         if stored is not None:
-            block_plan = block.specs(config, dense=dense)
             x, stats = _run_stack(
-                stored, block_plan, x, positions, segments, config=config, choices=choices
+                stored, x, (positions, segments), dense=dense, config=config, choices=choices
             )
             stacks.append(stats)
     stats = jax.tree.map(lambda leaf: jax.reshard(leaf, REPLICATED), reduce_blocks(stacks))
@@ -121,22 +122,29 @@ def forward(
 
 def _run_stack(
     stored_blocks: block.BlockParams,
-    block_plan: block.BlockParams,
     x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
+    rows: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     *,
+    dense: bool,
     config: ModelConfig,
     choices: ComputeConfig,
 ) -> tuple[Float[Array, "B T D"], BlockStats]:
-    """Scans over stacked blocks of one kind; returns statistics stacked along L."""
+    """Runs stacked blocks of one kind, mixtures in stages where the mesh has a pipe axis.
 
-    def run_layer(x, stored):
+    Returns:
+      The activations, and statistics stacked along L.
+    """
+    plan, dtype = block.specs(config, dense=dense), choices.dtype.value
+    remat = functools.partial(_with_remat, choices=choices)
+
+    def run_layer(x, stored, rows):
         x = checkpoint_name(x, _LAYER_INPUT)
-        params = to_compute(stored, block_plan, choices.dtype.value)
-        return block.block(params, x, positions, segments, config=config, choices=choices)
+        params = to_compute(stored, plan, dtype)
+        return block.block(params, x, *rows, config=config, choices=choices)
 
-    return jax.lax.scan(_with_remat(run_layer, choices), x, stored_blocks)
+    if dense or num_stages() == 1:
+        return jax.lax.scan(remat(lambda x, stored: run_layer(x, stored, rows)), x, stored_blocks)
+    return pipeline(run_layer, cast(stored_blocks, plan, dtype), x, rows, remat=remat)
 
 
 def _with_remat(run_layer: Any, choices: ComputeConfig) -> Any:

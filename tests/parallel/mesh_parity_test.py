@@ -35,6 +35,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 MODEL = {"num_layers": 1, "num_dense_layers": 0, "num_heads": 4, "num_routed_experts": 4}
 BOTH_KINDS = MODEL | {"num_layers": 2, "num_dense_layers": 1, "dense_ffn_dim": 16}
 YARN = MODEL | {"yarn": YarnConfig(factor=4.0, original_max_position=8)}
+IN_TWO_ROUNDS = YARN | {"num_layers": 4}  # of a pipeline of two stages
 NO_QUERY_LATENT = MODEL | {"q_latent_dim": None}
 
 
@@ -128,6 +129,8 @@ def first_step_on_one_device(config):
 
 class MeshParityTest(parameterized.TestCase):
     @parameterized.named_parameters(
+        ("pipe_2", {"pipe": 2}, IN_TWO_ROUNDS),
+        ("pipe_2_data_2_expert_2", {"pipe": 2, "data": 2, "expert": 2}, IN_TWO_ROUNDS),
         ("replica_2", {"replica": 2}, MODEL),
         ("context_2", {"context": 2}, MODEL),
         ("context_4_with_yarn", {"context": 4}, YARN),
