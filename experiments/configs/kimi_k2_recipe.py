@@ -20,7 +20,7 @@ from kimi_jax.configs.data import (
     TokenizerKind,
 )
 from kimi_jax.configs.experiment import ExperimentConfig
-from kimi_jax.configs.optimizer import OptimizerConfig, ScheduleConfig
+from kimi_jax.configs.optimizer import MomentumDtype, OptimizerConfig, ScheduleConfig
 from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.configs.training import TrainingConfig
 
@@ -34,7 +34,11 @@ FINAL_RATE = 7e-6
 
 
 def experiment(
-    *, parallel: ParallelConfig, compute: ComputeConfig, accumulation_steps: int
+    *,
+    parallel: ParallelConfig,
+    compute: ComputeConfig,
+    accumulation_steps: int,
+    momentum_dtype: MomentumDtype = MomentumDtype.FLOAT32,
 ) -> ExperimentConfig:
     """Returns the whole run, laid out as given."""
     return ExperimentConfig(
@@ -53,7 +57,8 @@ def experiment(
                 stable_steps=_STABLE_STEPS,
                 decay_steps=_DECAY_STEPS,
                 final=2e-5,
-            )
+            ),
+            momentum_dtype=momentum_dtype,
         ),
         training=TrainingConfig(
             num_steps=_WARMUP_STEPS + _STABLE_STEPS + _DECAY_STEPS,
