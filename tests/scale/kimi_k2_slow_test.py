@@ -1,7 +1,7 @@
 """Kimi K2's own training step, compiled for machines that are not there.
 
-Needs the extras `aot` and `aot-cuda`. A compilation takes ten minutes of one core, whatever the
-number of layers, chips and micro-batches.
+Needs the extras `aot` and, for GPUs, `aot-cuda`. A compilation takes eight minutes of a quiet core;
+fewer layers would not shorten it, since the program scans over them.
 """
 
 import importlib.util
@@ -65,14 +65,13 @@ class KimiK2SlowTest(parameterized.TestCase):
         self.assertLess(report["memory"]["peak"], report["memory"]["chip"])
 
     @parameterized.parameters(
-        ("pretrain_v5p", "v5p:8x8x8", 1),
         ("pretrain_v6e", "v6e:16x16", 4),
         ("pretrain_tpu7x", "tpu7x:8x8x4", 1),
         ("context_32k", "v5p:8x8x8", 1),
         ("context_128k", "v5p:8x8x8", 1),
         ("pretrain_h100", "h100:1024", 1),
     )
-    def test_a_shipped_configuration_fits(self, name, topology, num_slices):
+    def test_the_other_shipped_configurations_fit(self, name, topology, num_slices):
         if topology.startswith("h100") and not importlib.util.find_spec("jax_cuda12_plugin"):
             self.skipTest("compiling for GPUs needs pip install -e '.[aot-cuda]'")
         report = _compile(name, topology, f"--num_slices={num_slices}")
