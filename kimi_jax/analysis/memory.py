@@ -99,7 +99,8 @@ def estimate(config: ExperimentConfig, sizes: Mapping[str, int]) -> tuple[Term, 
     terms: tuple[tuple[str, tuple[str, ...], Callable[[_Setting], int]], ...] = (
         ("parameters", (STATE,), _parameters),
         ("optimizer state", (STATE,), _optimizer_state),
-        ("gradients", (LAYERS, UPDATE), _gradients),
+        ("gradients", (UPDATE,), _gradients),
+        ("gradients while layers run", (LAYERS,), _gradients_while_layers_run),
         ("layers' weights in the compute dtype", (LAYERS, LOSS), _cast_layers),
         ("activations kept for the backward pass", (LAYERS, LOSS), _kept_activations),
         ("activations of the layer at work", (LAYERS,), _layer_activations),
@@ -160,8 +161,7 @@ def _meshes(
 
 def _parameters(setting: _Setting) -> int:
     """Float32 masters, split by the storage rules."""
-    specs = (spec for _, spec in named_specs(setting.plan))
-    return _MASTER_BYTES * sum(setting.values(spec, rules.STORAGE) for spec in specs)
+    return _MASTER_BYTES * _stored_values(setting, setting.plan)
 
 
 def _optimizer_state(setting: _Setting) -> int:
@@ -186,6 +186,18 @@ def _gradients(setting: _Setting) -> int:
     return copies * _parameters(setting)
 
 
+def _gradients_while_layers_run(setting: _Setting) -> int:
+    """The same, but for the newest of a pipeline's layers: `_pipeline` counts those."""
+    total = _gradients(setting)
+    if setting.sizes[PIPE] > 1 and setting.plan.moe_blocks is not None:
+        total -= _MASTER_BYTES * _stored_values(setting, setting.plan.moe_blocks)
+    return total
+
+
+def _stored_values(setting: _Setting, plan: Any) -> int:
+    return sum(setting.values(spec, rules.STORAGE) for _, spec in named_specs(plan))
+
+
 def _cast_layers(setting: _Setting) -> int:
     """A copy of the stored layers, cast.
 
@@ -193,10 +205,9 @@ def _cast_layers(setting: _Setting) -> int:
     layers and keeps all of them.
     """
     stacks = (setting.plan.dense_blocks, setting.plan.moe_blocks)
-    specs = [spec for stack in stacks if stack is not None for _, spec in named_specs(stack)]
     if setting.itemsize == _MASTER_BYTES:
         return 0
-    return setting.itemsize * sum(setting.values(spec, rules.STORAGE) for spec in specs)
+    return setting.itemsize * _stored_values(setting, [s for s in stacks if s is not None])
 
 
 def _kept_activations(setting: _Setting) -> int:
@@ -298,8 +309,7 @@ def _pipeline(setting: _Setting) -> int:
     stages = setting.sizes[PIPE]
     if stages == 1 or setting.plan.moe_blocks is None:
         return 0
-    specs = named_specs(setting.plan.moe_blocks)
-    of_stage = sum(setting.values(spec, rules.STORAGE) for _, spec in specs)
+    of_stage = _stored_values(setting, setting.plan.moe_blocks)
     queues = 4 * stages * setting.tokens * setting.config.model.embed_dim
     return setting.itemsize * (of_stage + queues)
 

@@ -16,9 +16,9 @@ from kimi_jax.core.param_spec import EMBEDDING, HEAD, Leaf, ParamSpec, stack
 from kimi_jax.model import block, norm
 from kimi_jax.model.linear import project
 from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
-from kimi_jax.parallel.pipeline import num_stages, pipeline
+from kimi_jax.parallel.pipeline import collect_layers, deal_layers, num_stages, pipeline
 from kimi_jax.parallel.placement import cast, to_compute
-from kimi_jax.parallel.rules import BATCH, REPLICATED, TOKENS
+from kimi_jax.parallel.rules import BATCH, REPLICATED, STORAGE, TOKENS, partition_specs
 
 _LAYER_INPUT = "layer_input"
 # What Remat.K2 keeps of a layer beside its input: the results of attention and of all products but
@@ -76,6 +76,29 @@ def specs(config: ModelConfig) -> TransformerParams:
     )
 
 
+def to_stages(
+    params: TransformerParams, *, config: ModelConfig, choices: ComputeConfig
+) -> TransformerParams:
+    """Gives the stages of the mesh's pipe axis their mixture blocks, cast to the compute dtype.
+
+    Changes nothing where there are no stages.
+    """
+    if num_stages() == 1 or params.moe_blocks is None:
+        return params
+    plan = block.specs(config, dense=False)
+    return params.replace(
+        moe_blocks=deal_layers(cast(params.moe_blocks, plan, choices.dtype.value))
+    )
+
+
+def from_stages(gradients: TransformerParams, *, config: ModelConfig) -> TransformerParams:
+    """Lays gradients of what `to_stages` returns out like the stored parameters."""
+    if num_stages() == 1 or gradients.moe_blocks is None:
+        return gradients
+    layouts = partition_specs(specs(config).moe_blocks, STORAGE)
+    return gradients.replace(moe_blocks=collect_layers(gradients.moe_blocks, layouts))
+
+
 @jax.named_scope("transformer")
 def forward(
     params: TransformerParams,
@@ -89,7 +112,7 @@ def forward(
     """Runs the decoder up to the final norm.
 
     Args:
-      params: stored parameters; every layer gathers its own when it runs.
+      params: `to_stages` of the stored parameters; every layer gathers its own when it runs.
       inputs: token ids in [0, V).
       positions: index of each token within its document, in [0, max_position).
       segments: document number of each token; attention never leaves a document.
@@ -144,7 +167,7 @@ def _run_stack(
 
     if dense or num_stages() == 1:
         return jax.lax.scan(remat(lambda x, stored: run_layer(x, stored, rows)), x, stored_blocks)
-    return pipeline(run_layer, cast(stored_blocks, plan, dtype), x, rows, remat=remat)
+    return pipeline(run_layer, stored_blocks, x, rows, remat=remat)
 
 
 def _with_remat(run_layer: Any, choices: ComputeConfig) -> Any:

@@ -28,9 +28,43 @@ def num_stages() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(PIPE, 1)
 
 
+def deal_layers(stacked: Any) -> Any:
+    """Gives every stage its layers, whole along the pipe axis.
+
+    An all-to-all over the pipe axis, to be paid once a step: gradients of the result can be summed
+    over micro-batches before `collect_layers` takes them back.
+
+    Args:
+      stacked: leaves [L, ...], split along any dimension but the first.
+
+    Returns:
+      Leaves [L / P, P, ...], split over the pipe axis along P.
+    """
+    stages = num_stages()
+
+    def deal(stack: Array) -> Array:
+        layout = PartitionSpec(*jax.typeof(stack).sharding.spec[1:])
+        rounds = (stack.shape[0] // stages, stages, *stack.shape[1:])
+        rounds = jax.lax.reshape(stack, rounds, out_sharding=PartitionSpec(None, None, *layout))
+        return jax.reshard(rounds, PartitionSpec(None, PIPE, *without(layout, {PIPE})))
+
+    return jax.tree.map(deal, stacked)
+
+
+def collect_layers(dealt: Any, layouts: Any) -> Any:
+    """Undoes `deal_layers`: leaves [L / P, P, ...] become [L, ...], laid out as given."""
+
+    def collect(rounds: Array, layout: PartitionSpec) -> Array:
+        stack = jax.reshard(rounds, PartitionSpec(None, None, *layout[1:]))
+        shape = (rounds.shape[0] * rounds.shape[1], *rounds.shape[2:])
+        return jax.lax.reshape(stack, shape, out_sharding=layout)
+
+    return jax.tree.map(collect, dealt, layouts)
+
+
 def pipeline(
     layer: Layer,
-    stacked: Any,
+    dealt: Any,
     x: Float[Array, "B T D"],
     row_inputs: Any,
     *,
@@ -38,14 +72,12 @@ def pipeline(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Applies layers 0, 1 ... L - 1 to x, layer l on stage l mod P.
 
-    Weights travel once: an all-to-all over the pipe axis turns each layer's parts into whole layers
-    of one stage. Rows travel from stage to stage after each layer, and to the first stage before
-    and from the last one after all.
+    Rows travel from stage to stage after each layer, and to the first stage before and from the
+    last one after all.
 
     Args:
       layer: one layer; runs with the pipe axis manual, every other as it is.
-      stacked: weights with a leading axis L, which P divides; cast to what the layer computes in,
-        since their copies and gradients live as long as the pipeline.
+      dealt: weights, as `deal_layers` returns them.
       x: activations, rows split over the pipe axis first.
       row_inputs: what else a layer needs to know of the rows, leaves [B, ...] laid out like x.
       remat: wraps a function so that its backward pass computes it again.
@@ -54,32 +86,19 @@ def pipeline(
       The activations after the last layer, laid out like x, and the statistics, stacked along a
       leading axis L and a second one of P micro-batches.
     """
-    stages = num_stages()
-    rows = PartitionSpec(PIPE)
+    rows, layers = PartitionSpec(PIPE), PartitionSpec(None, PIPE)
     run = jax.shard_map(
         functools.partial(_run_stage, layer=layer, remat=remat),
-        in_specs=(PartitionSpec(None, PIPE), rows, rows),
-        out_specs=(rows, PartitionSpec(None, PIPE)),
+        in_specs=(layers, rows, rows),
+        out_specs=(rows, layers),
         axis_names={PIPE},
         check_vma=False,
     )
-    by_stage = jax.tree.map(functools.partial(_deal_layers, stages=stages), stacked)
-    x, stats = run(by_stage, x, row_inputs)
-    return x, jax.tree.map(_collect_layers, stats)
+    x, stats = run(dealt, x, row_inputs)
+    return x, jax.tree.map(_join_stages, stats)
 
 
-def _deal_layers(stack: Array, stages: int) -> Array:
-    """Returns [L, ...] as [L / P, P, ...], split over the pipe axis along P alone."""
-    spec = without(jax.typeof(stack).sharding.spec, {PIPE})
-    rounds = jax.lax.reshape(
-        stack,
-        (stack.shape[0] // stages, stages, *stack.shape[1:]),
-        out_sharding=PartitionSpec(None, None, *jax.typeof(stack).sharding.spec[1:]),
-    )
-    return jax.reshard(rounds, PartitionSpec(None, PIPE, *spec[1:]))
-
-
-def _collect_layers(stats: Array) -> Array:
+def _join_stages(stats: Array) -> Array:
     """Returns [L / P, P, ...] as [L, ...], whole along the pipe axis."""
     layout = without(jax.typeof(stats).sharding.spec, {PIPE})
     # By way of whole copies; XLA warns that it finds no shorter one.

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec as P
 
-from kimi_jax.parallel.pipeline import num_stages, pipeline
+from kimi_jax.parallel.pipeline import collect_layers, deal_layers, num_stages, pipeline
 from kimi_jax.parallel.rules import TOKENS
 from tests.support import tiny
 
@@ -38,7 +39,7 @@ def inputs():
 
 @functools.partial(jax.jit, static_argnames="remat")
 def run(weights, x, shift, remat):
-    return pipeline(layer, weights, x, shift, remat=remat)
+    return pipeline(layer, deal_layers(weights), x, shift, remat=remat)
 
 
 def run_on(mesh, remat):
@@ -60,11 +61,27 @@ class PipelineTest(parameterized.TestCase):
         self.assertEqual(maxima.shape, (LAYERS, stages, ROWS // stages))
         np.testing.assert_allclose(maxima.reshape(LAYERS, ROWS), wanted_maxima, rtol=1e-5)
 
+    @parameterized.parameters((P(), P()), (P(None, ("data", "pipe")), P(None, "pipe", "data")))
+    def test_layers_are_dealt_one_to_each_stage_in_turn_and_collected(self, stored, dealt):
+        stack = np.arange(LAYERS * 4 * WIDTH).reshape(LAYERS, 4, WIDTH)
+        mesh = tiny.mesh(2, 1, pipe=2)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(stack, jax.NamedSharding(mesh, stored))
+            rounds = jax.jit(deal_layers)(placed)
+            np.testing.assert_array_equal(rounds, stack.reshape(LAYERS // 2, 2, 4, WIDTH))
+            wanted = jax.NamedSharding(mesh, P(None, "pipe", *dealt[2:]))
+            self.assertTrue(rounds.sharding.is_equivalent_to(wanted, rounds.ndim))
+            layout = P(*stored, *(None,) * (3 - len(stored)))
+            back = jax.jit(lambda tree: collect_layers(tree, layout))(rounds)
+        np.testing.assert_array_equal(back, stack)
+        self.assertTrue(back.sharding.is_equivalent_to(placed.sharding, back.ndim))
+
     def test_gradients_are_those_of_a_loop(self):
         weights, x, shift = inputs()
 
         def total(weights, x):
-            y, maxima = pipeline(layer, weights, x, shift_here, remat=lambda fn: fn)
+            dealt = deal_layers(weights)
+            y, maxima = pipeline(layer, dealt, x, shift_here, remat=lambda fn: fn)
             return jnp.sum(y**2) + jnp.sum(maxima)
 
         mesh = tiny.mesh(1, 1, pipe=4)
