@@ -5,8 +5,8 @@
     python tools/aot_compile.py --config=$config --topology=v6e:16x16 --num_slices=4
 
 A slice has at most 256 chips of 32 GB, which do not hold the state of the run. So each slice is a
-stage of a pipeline: between slices travel activations, and once a micro-batch each weight. Momentum
-is kept in bfloat16, to leave room.
+stage of a pipeline: activations travel between slices, and once a step all weights and gradients.
+Momentum is kept in bfloat16, to leave room.
 
 Compiled for the topology, never run. Memory and predicted time stand in BUILD_NOTES.md.
 """
