@@ -52,7 +52,7 @@ class LongContextTest(absltest.TestCase):
         longest = _terms(_run(_LONGEST))
         tokens = _LONGEST // _CONTEXT
         self.assertEqual(longest["activations kept for the backward pass"], 2 * tokens * 7168 * 61)
-        self.assertGreater(min(longest.values()), 0)
+        self.assertGreaterEqual(min(longest.values()), 0)
         self.assertEqual(longest, _terms(_run(_LONGEST // 16)))
 
     def test_the_latents_of_all_positions_are_counted(self):
