@@ -5,6 +5,7 @@ steps; layers are never mixed: a head's maximum belongs to its layer.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -74,6 +75,17 @@ def merge(first: ModelStats, second: ModelStats) -> ModelStats:
         pair = getattr(first, field.name), getattr(second, field.name)
         merged[field.name] = jax.tree.map(combine, *pair)
     return ModelStats(**merged)
+
+
+def reduce_with(
+    operations: Mapping[str, Callable[[jax.Array], jax.Array]], stats: ModelStats
+) -> ModelStats:
+    """Applies to each field the operation of its declared reduction, "sum" or "max"."""
+    reduced = {}
+    for field in dataclasses.fields(ModelStats):
+        operation = operations[field.metadata["reduction"]]
+        reduced[field.name] = jax.tree.map(operation, getattr(stats, field.name))
+    return ModelStats(**reduced)
 
 
 def neutral(like: ModelStats) -> ModelStats:

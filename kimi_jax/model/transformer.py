@@ -18,7 +18,7 @@ from kimi_jax.model.linear import project
 from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
 from kimi_jax.parallel.pipeline import collect_layers, deal_layers, num_stages, pipeline
 from kimi_jax.parallel.placement import cast, to_compute
-from kimi_jax.parallel.rules import BATCH, REPLICATED, STORAGE, TOKENS, partition_specs
+from kimi_jax.parallel.rules import BATCH, REPLICATED, STORAGE, TOKENS, here, partition_specs
 
 _LAYER_INPUT = "layer_input"
 # What Remat.K2 keeps of a layer beside its input: the results of attention and of all products but
@@ -123,15 +123,16 @@ def forward(
       Normalised hidden states in the compute dtype, ready for the head, and the statistics, whole
       on every device.
     """
-    inputs = jax.reshard(inputs, TOKENS)
+    tokens = here(TOKENS)
+    inputs = jax.reshard(inputs, tokens)
     # Attention needs those of all positions; gathered once, for all layers.
-    positions, segments = (jax.reshard(i, BATCH) for i in (positions, segments))
+    positions, segments = (jax.reshard(i, here(BATCH)) for i in (positions, segments))
     plan = specs(config)
     ends = TransformerParams(params.embedding, None, None, params.final_norm, None)
     end_plan = TransformerParams(plan.embedding, None, None, plan.final_norm, None)
     ends = to_compute(ends, end_plan, choices.dtype.value)
     with jax.named_scope("embedding"):
-        x = ends.embedding.at[inputs].get(out_sharding=TOKENS)
+        x = ends.embedding.at[inputs].get(out_sharding=tokens)
     stacks = []
     for stored, dense in ((params.dense_blocks, True), (params.moe_blocks, False)):
         if stored is not None:

@@ -13,16 +13,16 @@ from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.core.errors import require
 from kimi_jax.core.host_memory import keep_freed_memory
 
-PIPE = "pipe"  # layers, one after the other, and the batch; outside its stages, weights too
 REPLICA = "replica"  # batch alone; all weights are copied
+PIPE = "pipe"  # layers, one after the other, and the batch; outside its stages, weights too
 DATA = "data"  # batch, and every weight (FSDP)
 EXPERT = "expert"  # routed experts, batch, and dense weights
 CONTEXT = "context"  # positions; in attention heads instead; and weights
 TENSOR = "tensor"  # heads, inner widths, vocabulary
 # The slowest first: neighbours along the last axes are neighbours in the network.
-MESH_AXES = (PIPE, REPLICA, DATA, EXPERT, CONTEXT, TENSOR)
-SEQUENCE_AXES = (PIPE, REPLICA, DATA, EXPERT)  # what splits the sequences of a batch
-_MAY_CROSS_SLICES = (PIPE, REPLICA, DATA, EXPERT)
+MESH_AXES = (REPLICA, PIPE, DATA, EXPERT, CONTEXT, TENSOR)
+SEQUENCE_AXES = (REPLICA, PIPE, DATA, EXPERT)  # what splits the sequences of a batch
+_MAY_CROSS_SLICES = (REPLICA, PIPE, DATA, EXPERT)
 
 
 def simulate_devices(count: int) -> None:
@@ -144,7 +144,7 @@ def _axis_sizes(
         available // (config.data or 1), config, num_routed_experts
     )
     data = config.data or max(1, available // expert)
-    sizes = (config.pipe, config.replica, data, expert, config.context, config.tensor)
+    sizes = (config.replica, config.pipe, data, expert, config.context, config.tensor)
     return dict(zip(MESH_AXES, sizes, strict=True))
 
 

@@ -11,9 +11,17 @@ from kimi_jax.core import precision
 from kimi_jax.model import stats as model_stats
 from kimi_jax.model.stats import ModelStats
 from kimi_jax.parallel import rules
+from kimi_jax.parallel.replicas import (
+    in_replicas,
+    max_over_replicas,
+    num_replicas,
+    sum_over_replicas,
+)
 
-# (params, micro-batch) -> (its share of the batch's loss, (named parts of it, statistics))
-LossFunction = Callable[[Any, Any], tuple[jax.Array, tuple[dict[str, jax.Array], ModelStats]]]
+Parts = dict[str, jax.Array]
+# (params, micro-batch, weight of the whole batch)
+#   -> (the micro-batch's share of the batch's loss, (named parts of it, statistics))
+LossFunction = Callable[[Any, Any, jax.Array], tuple[jax.Array, tuple[Parts, ModelStats]]]
 
 
 def split_micro_batches(batch: Any, count: int) -> Any:
@@ -32,26 +40,45 @@ def split_micro_batches(batch: Any, count: int) -> Any:
 
 
 def accumulate(
-    loss_fn: LossFunction, params: Any, micro_batches: Any
-) -> tuple[Any, dict[str, jax.Array], ModelStats]:
+    loss_fn: LossFunction, params: Any, micro_batches: Any, total_weight: jax.Array
+) -> tuple[Any, Parts, ModelStats]:
     """Sums losses and gradients over micro-batches and merges their statistics.
 
     Exact token weighting is the loss function's part: it divides by the weight of the whole batch,
-    so that shares add up whatever the micro-batches hold.
+    so that shares add up whatever the micro-batches hold. Replicas compute apart, and add up what
+    they have after the last micro-batch.
 
     Args:
       loss_fn: see `LossFunction`; its shares and parts are added, its statistics merged each by
         its declared reduction (maxima stay maxima).
       params: differentiated.
       micro_batches: leaves with a leading axis of micro-batches.
+      total_weight: of all tokens of all micro-batches.
 
     Returns:
       Gradients in float32, the parts of the loss, the statistics.
     """
+
+    def of_own_rows(shared: tuple[Any, jax.Array], rows: Any) -> tuple[Any, Parts, ModelStats]:
+        return _accumulate(loss_fn, *shared, rows)
+
+    def of_all_rows(shared: tuple[Any, jax.Array], rows: Any) -> tuple[Any, Parts, ModelStats]:
+        gradients, parts, stats = of_own_rows(shared, rows)
+        summed = jax.tree.map(sum_over_replicas, (gradients, parts))
+        combine = {"sum": sum_over_replicas, "max": max_over_replicas}
+        return *summed, model_stats.reduce_with(combine, stats)
+
+    run = of_own_rows if num_replicas() == 1 else in_replicas(of_all_rows)
+    return run((params, total_weight), micro_batches)
+
+
+def _accumulate(
+    loss_fn: LossFunction, params: Any, total_weight: jax.Array, micro_batches: Any
+) -> tuple[Any, Parts, ModelStats]:
     gradient_fn = jax.grad(loss_fn, has_aux=True)
 
-    def compute(micro_batch: Any) -> tuple[Any, dict[str, jax.Array], ModelStats]:
-        gradients, (parts, stats) = gradient_fn(params, micro_batch)
+    def compute(micro_batch: Any) -> tuple[Any, Parts, ModelStats]:
+        gradients, (parts, stats) = gradient_fn(params, micro_batch, total_weight)
         return precision.cast_floats(gradients, precision.MASTER), parts, stats
 
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)

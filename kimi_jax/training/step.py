@@ -98,12 +98,10 @@ def train_step(
     Returns:
       The state after the step and its metrics, by the names of `metric_log`.
     """
-    loss_fn = functools.partial(
-        batch_share_of_loss, config=config, total_weight=jnp.sum(batch.weights)
-    )
+    loss_fn = functools.partial(batch_share_of_loss, config=config)
     micro_batches = split_micro_batches(batch, config.training.accumulation_steps)
     working = transformer.to_stages(state.params, config=config.model, choices=config.compute)
-    gradients, parts, stats = accumulate(loss_fn, working, micro_batches)
+    gradients, parts, stats = accumulate(loss_fn, working, micro_batches, jnp.sum(batch.weights))
     gradients = transformer.from_stages(gradients, config=config.model)
     with jax.named_scope("optimizer"):
         updates, optimizer = transformation.update(gradients, state.optimizer, state.params)
@@ -124,9 +122,9 @@ def train_step(
 def batch_share_of_loss(
     params: transformer.TransformerParams,
     micro_batch: Batch,
+    total_weight: jax.Array,
     *,
     config: ExperimentConfig,
-    total_weight: jax.Array,
 ) -> tuple[jax.Array, tuple[Metrics, ModelStats]]:
     """Returns a micro-batch's share of the batch's loss, of parameters from `to_stages`.
 

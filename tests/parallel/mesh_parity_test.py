@@ -33,7 +33,8 @@ ROWS, LENGTH = 8, 16
 QUICK = {"xla_backend_optimization_level": 0}
 
 MODEL = {"num_layers": 1, "num_dense_layers": 0, "num_heads": 4, "num_routed_experts": 4}
-BOTH_KINDS = MODEL | {"num_layers": 3, "num_dense_layers": 1, "dense_ffn_dim": 16}
+TWO_LAYERS = MODEL | {"num_layers": 2}
+BOTH_KINDS = TWO_LAYERS | {"num_dense_layers": 1, "dense_ffn_dim": 16}
 YARN = MODEL | {"yarn": YarnConfig(factor=4.0, original_max_position=8)}
 IN_TWO_ROUNDS = YARN | {"num_layers": 4}  # of a pipeline of two stages
 NO_QUERY_LATENT = MODEL | {"q_latent_dim": None}
@@ -50,7 +51,7 @@ def experiment(model):
             "balance_loss_weight": 0.01,
             # At its usual 1e-8, AdamW's first update is the sign even of a gradient that is zero
             # but for rounding.
-            "adam_eps": 1e-5,
+            "adam_eps": 1e-4,
         },
     )
 
@@ -162,12 +163,12 @@ class MeshParityTest(parameterized.TestCase):
                 np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
     @parameterized.named_parameters(
-        ("pipe_2_data_2_expert_2", {"pipe": 2, "data": 2, "expert": 2}),
-        ("replica_2_data_2_expert_2", {"replica": 2, "data": 2, "expert": 2}),
-        ("data_2_context_2_tensor_2", {"data": 2, "context": 2, "tensor": 2}),
+        ("replica_2_pipe_2_data_2", {"replica": 2, "pipe": 2, "data": 2}, TWO_LAYERS),
+        ("replica_2_data_2_expert_2", {"replica": 2, "data": 2, "expert": 2}, BOTH_KINDS),
+        ("data_2_context_2_tensor_2", {"data": 2, "context": 2, "tensor": 2}, BOTH_KINDS),
     )
-    def test_first_step_is_that_of_one_device(self, axes):
-        config = experiment(BOTH_KINDS)
+    def test_first_step_is_that_of_one_device(self, axes, model):
+        config = experiment(model)
         wanted, wanted_metrics = first_step_on_one_device(config)
         params, metrics = first_step(tiny.mesh(**{"data": 1, "expert": 1} | axes), config)
         for name in ("loss/train", "loss/balance", "optimizer/gradient_norm", "max_logit"):

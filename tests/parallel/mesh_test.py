@@ -30,9 +30,9 @@ class MeshTest(parameterized.TestCase):
 
     def test_data_takes_what_the_other_axes_leave(self):
         mesh = meshes.make_mesh(ParallelConfig(replica=2, expert=2), 16)
-        self.assertEqual(tuple(mesh.shape.values()), (1, 2, 2, 2, 1, 1))
+        self.assertEqual(tuple(mesh.shape.values()), (2, 1, 2, 2, 1, 1))
         mesh = meshes.make_mesh(ParallelConfig(pipe=4, expert=1), 16)
-        self.assertEqual(tuple(mesh.shape.values()), (4, 1, 2, 1, 1, 1))
+        self.assertEqual(tuple(mesh.shape.values()), (1, 4, 2, 1, 1, 1))
         mesh = meshes.make_mesh(ParallelConfig(context=2, tensor=2), 16)
         self.assertEqual(tuple(mesh.shape.values()), (1, 1, 1, 2, 2, 2))
         self.assertEqual(tuple(mesh.shape), meshes.MESH_AXES)

@@ -1,11 +1,13 @@
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import NamedSharding
 
+from kimi_jax.analysis.compiled_program import read_program
 from kimi_jax.model.stats import ModelStats
 from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.training.accumulate import accumulate, split_micro_batches
@@ -41,18 +43,24 @@ def _mean_of_means(params, micro_batch, total_weight):
     return _share(params, micro_batch, COUNT * jnp.sum(micro_batch.weights))
 
 
-def _run(share, count, mesh_shape=(1, 1)):
-    mesh = tiny.mesh(*mesh_shape)
+def _compile(share, count, mesh):
     params = {"slope": jnp.float32(0.5), "start": jnp.float32(1.0)}
 
     @jax.jit
     def run(params, batch):
         total = jnp.sum(batch.weights)
-        micro_batches = split_micro_batches(batch, count)
-        return accumulate(lambda p, b: share(p, b, total), params, micro_batches)
+        return accumulate(share, params, split_micro_batches(batch, count), total)
 
     with jax.set_mesh(mesh):
-        return jax.device_get(run(params, tiny.batch(mesh)))
+        batch = tiny.batch(mesh)
+        return run.lower(params, batch).compile(), (params, batch)
+
+
+def _run(share, count, **axes):
+    mesh = tiny.mesh(**{"data": 1, "expert": 1} | axes)
+    with jax.set_mesh(mesh):
+        compiled, arguments = _compile(share, count, mesh)
+        return jax.device_get(compiled(*arguments))
 
 
 class AccumulateTest(parameterized.TestCase):
@@ -85,6 +93,20 @@ class AccumulateTest(parameterized.TestCase):
             self.assertEqual(stats.max_logit[0, 0], batch.inputs.max())
             self.assertEqual(stats.expert_load[0, 0], batch.inputs.sum())
             np.testing.assert_allclose(stats.balance_loss, batch.weights.sum(), rtol=TOLERANCE)
+
+    def test_replicas_add_up_what_the_whole_batch_has(self):
+        got = _run(_exact, COUNT, data=2, expert=2, replica=2)
+        chex.assert_trees_all_close(got, _run(_exact, 1), rtol=TOLERANCE)
+
+    def test_replicas_exchange_nothing_until_the_last_micro_batch(self):
+        mesh = tiny.mesh(data=2, expert=2, replica=2)
+        runs = {}
+        for count in (1, COUNT):
+            text = _compile(_exact, count, mesh)[0].as_text()
+            collectives = read_program(text, mesh.shape).collectives
+            runs[count] = sum(c.count for c in collectives if "replica" in c.axes)
+        self.assertGreater(runs[1], 0)
+        self.assertEqual(runs[1], runs[COUNT])
 
     @parameterized.parameters({"expert": 4}, {"expert": 2, "context": 2})
     def test_a_micro_batch_takes_every_nth_row_and_stays_on_its_devices(self, **axes):
