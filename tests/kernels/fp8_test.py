@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from kimi_jax.quantization.fp8 import TILE, dequantize_tiles, quantize_tiles
+from kimi_jax.kernels.fp8 import TILE, dequantize_tiles, quantize_tiles
 
 WIDTHS = (128, 384, 1, 100, 129, 300)
 E4M3 = ml_dtypes.float8_e4m3fn
