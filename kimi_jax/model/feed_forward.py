@@ -5,6 +5,7 @@ import functools
 import jax
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from kimi_jax.configs.compute import ResidualFormat
@@ -88,7 +89,9 @@ def _down_from_codes(gate: Array, up: Array, w_down: Array) -> Array:
 def _down_forward(gate, up, w_down):
     # Each device cuts its own part of F into tiles.
     layout = jax.typeof(gate).sharding.spec
-    quantize = per_shard(quantize_tiles, in_specs=(layout,), out_specs=(layout, layout))
+    quantize = per_shard(
+        quantize_tiles, in_specs=(layout,), out_specs=(layout, _layout_of_scales(layout))
+    )
     kept = checkpoint_name(quantize(gate), _GATE), checkpoint_name(quantize(up), _UP)
     return _down(gate, up, w_down), (kept, w_down)
 
@@ -98,11 +101,16 @@ def _down_backward(saved, dy):
     layout = jax.typeof(kept[0][0]).sharding.spec
     dequantize = per_shard(
         functools.partial(dequantize_tiles, dtype=dy.dtype),
-        in_specs=(layout, layout),
+        in_specs=(layout, _layout_of_scales(layout)),
         out_specs=layout,
     )
     gate, up = (dequantize(*codes_and_scales) for codes_and_scales in kept)
     return jax.vjp(_down, gate, up, w_down)[1](dy)
+
+
+def _layout_of_scales(layout: PartitionSpec) -> PartitionSpec:
+    """Splits the one dimension of scales over all devices that codes are split over."""
+    return PartitionSpec(tuple(jax.tree.leaves(tuple(layout))))
 
 
 _down_from_codes.defvjp(_down_forward, _down_backward)
