@@ -61,7 +61,7 @@ def _sizes(config: ExperimentConfig, devices: int | None) -> dict[str, int] | No
     """Returns the mesh that the user has named, by --devices or in the configuration."""
     parallel = config.parallel
     data, expert = parallel.data, parallel.expert
-    others = {name: getattr(parallel, name) for name in ("replica", "context", "tensor")}
+    others = {name: getattr(parallel, name) for name in ("pipe", "replica", "context", "tensor")}
     fixed = math.prod(others.values())
     if devices is None:
         return memory.mesh_sizes(data, expert, **others) if data and expert else None

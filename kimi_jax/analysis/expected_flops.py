@@ -18,7 +18,7 @@ class ExpectedFlops:
 
     Attributes:
       forward: of the model; of attention's scores the causal half, of the experts all rows of the
-        exchange's buffers.
+        exchange's buffers, and of a pipeline what it computes while it fills and empties.
       backward: twice that.
       recomputed: what the remat policy, the chunks of the logits and the attention kernel's own
         backward pass compute again.
@@ -49,9 +49,20 @@ def expected_flops(config: ExperimentConfig, plan: Any, expert_devices: int = 1)
 
 
 def _forward_per_token(config: ExperimentConfig, expert_devices: int) -> FlopsPerToken:
-    """The model's operations, and those of the buffers' rows beyond an even load."""
+    """The model's operations, and those of buffers' rows and pipelines' ticks without work."""
     model = config.model
     forward = flops_per_token(model, config.data.sequence_length)
+    of_all, of_mixtures = 1 + _idle(config) / model.num_layers, 1.0
+    if model.num_moe_layers:
+        of_mixtures += _idle(config) / model.num_moe_layers
+    forward = dataclasses.replace(
+        forward,
+        attention_projections=of_all * forward.attention_projections,
+        attention_core=of_all * forward.attention_core,
+        shared_experts=of_mixtures * forward.shared_experts,
+        routed_experts=of_mixtures * forward.routed_experts,
+        router=of_mixtures * forward.router,
+    )
     if expert_devices == 1:
         return forward
     share = buffer_share(
@@ -61,6 +72,11 @@ def _forward_per_token(config: ExperimentConfig, expert_devices: int) -> FlopsPe
         capacity=config.compute.exchange_capacity,
     )
     return dataclasses.replace(forward, routed_experts=share * forward.routed_experts)
+
+
+def _idle(config: ExperimentConfig) -> int:
+    """Layers that a pipeline of P stages computes for nobody, P - 1, beside the model's own."""
+    return config.parallel.pipe - 1
 
 
 def newton_schulz_flops(config: OptimizerConfig, plan: Any) -> float:
@@ -99,7 +115,8 @@ def _recomputed_per_token(config: ExperimentConfig, forward: FlopsPerToken) -> f
         case Remat.NONE:
             return total
         case Remat.K2:
-            return total + forward.router + 2.0 * model.num_layers * _head_matrices(model)
+            layers = model.num_layers + _idle(config)
+            return total + forward.router + 2.0 * layers * _head_matrices(model)
         case Remat.FULL:
             up = (SWIGLU_MATRICES - 1) / SWIGLU_MATRICES
             total += forward.attention_projections + forward.attention_core + forward.router

@@ -21,7 +21,7 @@ from kimi_jax.model import transformer
 from kimi_jax.optimizers.muon_clip import ADAMW, MUON, label_parameters
 from kimi_jax.parallel import rules
 from kimi_jax.parallel.collectives import CHUNK_VALUES
-from kimi_jax.parallel.mesh import EXPERT, MESH_AXES, TENSOR
+from kimi_jax.parallel.mesh import EXPERT, MESH_AXES, PIPE, TENSOR
 from kimi_jax.parallel.ragged_exchange import buffer_share
 
 STATE = "all the time"
@@ -99,12 +99,14 @@ def estimate(config: ExperimentConfig, sizes: Mapping[str, int]) -> tuple[Term, 
     terms: tuple[tuple[str, tuple[str, ...], Callable[[_Setting], int]], ...] = (
         ("parameters", (STATE,), _parameters),
         ("optimizer state", (STATE,), _optimizer_state),
-        ("gradients", (LAYERS, UPDATE), _gradients),
+        ("gradients", (UPDATE,), _gradients),
+        ("gradients while layers run", (LAYERS,), _gradients_while_layers_run),
         ("layers' weights in the compute dtype", (LAYERS, LOSS), _cast_layers),
         ("activations kept for the backward pass", (LAYERS, LOSS), _kept_activations),
         ("activations of the layer at work", (LAYERS,), _layer_activations),
         ("gathered weights of a layer and their gradients", (LAYERS,), _gathered_layer),
         ("exchange of tokens between experts", (LAYERS,), _exchange),
+        ("pipeline: gradients of stages, micro-batches in line", (LAYERS,), _pipeline),
         ("head, gathered, and its gradient", (LOSS,), _gathered_ends),
         ("logits of a chunk and their gradient", (LOSS,), _logits),
         ("updates on their way through Newton-Schulz", (UPDATE,), _newton_schulz),
@@ -153,8 +155,7 @@ def _meshes(config: ExperimentConfig, devices: int) -> Iterator[dict[str, int]]:
 
 def _parameters(setting: _Setting) -> int:
     """Float32 masters, split by the storage rules."""
-    specs = (spec for _, spec in named_specs(setting.plan))
-    return _MASTER_BYTES * sum(setting.values(spec, rules.STORAGE) for spec in specs)
+    return _MASTER_BYTES * _stored_values(setting, setting.plan)
 
 
 def _optimizer_state(setting: _Setting) -> int:
@@ -179,6 +180,18 @@ def _gradients(setting: _Setting) -> int:
     return copies * _parameters(setting)
 
 
+def _gradients_while_layers_run(setting: _Setting) -> int:
+    """The same, but for the newest of a pipeline's layers: `_pipeline` counts those."""
+    total = _gradients(setting)
+    if setting.sizes[PIPE] > 1 and setting.plan.moe_blocks is not None:
+        total -= _MASTER_BYTES * _stored_values(setting, setting.plan.moe_blocks)
+    return total
+
+
+def _stored_values(setting: _Setting, plan: Any) -> int:
+    return sum(setting.values(spec, rules.STORAGE) for _, spec in named_specs(plan))
+
+
 def _cast_layers(setting: _Setting) -> int:
     """A copy of the stored layers, cast.
 
@@ -186,10 +199,9 @@ def _cast_layers(setting: _Setting) -> int:
     layers and keeps all of them.
     """
     stacks = (setting.plan.dense_blocks, setting.plan.moe_blocks)
-    specs = [spec for stack in stacks if stack is not None for _, spec in named_specs(stack)]
     if setting.itemsize == _MASTER_BYTES:
         return 0
-    return setting.itemsize * sum(setting.values(spec, rules.STORAGE) for spec in specs)
+    return setting.itemsize * _stored_values(setting, [s for s in stacks if s is not None])
 
 
 def _kept_activations(setting: _Setting) -> int:
@@ -203,21 +215,26 @@ def _kept_activations(setting: _Setting) -> int:
     model, compute = setting.config.model, setting.config.compute
     if compute.offload_activations:
         return 0
-    total = setting.itemsize * setting.tokens * model.num_layers * model.embed_dim
+    layers = model.num_dense_layers + _kept_mixtures(setting)
+    total = setting.itemsize * setting.tokens * layers * model.embed_dim
     if compute.remat is Remat.K2:
         of_attention = (model.q_latent_dim or 0) + model.kv_latent_dim + model.head_rope_dim
         of_attention += model.num_heads * model.head_value_dim + model.embed_dim
-        total += setting.itemsize * setting.tokens * model.num_layers * of_attention
+        total += setting.itemsize * setting.tokens * layers * of_attention
         total += _kept_feed_forward(setting)
     if compute.remat is Remat.NONE:
-        for layers, dense in ((model.num_dense_layers, True), (model.num_moe_layers, False)):
+        in_fp8 = compute.feed_forward_residuals is ResidualFormat.FP8
+        for count, dense in ((model.num_dense_layers, True), (_kept_mixtures(setting), False)):
             values = _layer_values(setting, dense=dense)
-            if compute.feed_forward_residuals is ResidualFormat.FP8:
-                values -= _inner_values(setting, dense=dense)
-            total += setting.itemsize * setting.tokens * layers * values
-        if compute.feed_forward_residuals is ResidualFormat.FP8:
-            total += _kept_feed_forward(setting)
+            values -= _inner_values(setting, dense=dense) if in_fp8 else 0
+            total += setting.itemsize * setting.tokens * count * values
+        total += _kept_feed_forward(setting) if in_fp8 else 0
     return total
+
+
+def _kept_mixtures(setting: _Setting) -> int:
+    """Mixtures whose activations wait; a pipeline also keeps those of its idle ticks."""
+    return setting.config.model.num_moe_layers + setting.sizes[PIPE] - 1
 
 
 def _kept_feed_forward(setting: _Setting) -> int:
@@ -232,7 +249,7 @@ def _kept_feed_forward(setting: _Setting) -> int:
     shared = 2 * row(model.num_shared_experts * model.expert_ffn_dim)
     of_experts = _expert_rows(setting) * (row(model.embed_dim) + 2 * row(model.expert_ffn_dim))
     total = setting.tokens * model.num_dense_layers * 2 * row(model.dense_ffn_dim)
-    return total + model.num_moe_layers * (setting.tokens * shared + of_experts)
+    return total + _kept_mixtures(setting) * (setting.tokens * shared + of_experts)
 
 
 def _expert_rows(setting: _Setting) -> int:
@@ -297,6 +314,19 @@ def _exchange(setting: _Setting) -> int:
     if model.num_moe_layers == 0 or setting.sizes[EXPERT] == 1:
         return 0
     return 4 * _expert_rows(setting) * model.embed_dim * setting.itemsize
+
+
+def _pipeline(setting: _Setting) -> int:
+    """Gradients of the layers of a stage, all of them at once, and the stages' queues.
+
+    Of P micro-batches those that wait and those that are finished, and the gradients of both.
+    """
+    stages = setting.sizes[PIPE]
+    if stages == 1 or setting.plan.moe_blocks is None:
+        return 0
+    of_stage = _stored_values(setting, setting.plan.moe_blocks)
+    queues = 4 * stages * setting.tokens * setting.config.model.embed_dim
+    return setting.itemsize * (of_stage + queues)
 
 
 def _gathered_ends(setting: _Setting) -> int:

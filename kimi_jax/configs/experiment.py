@@ -56,6 +56,8 @@ class ExperimentConfig:
         if model.num_dense_layers:
             splits.append((tensor, "model.dense_ffn_dim", model.dense_ffn_dim))
         if model.num_moe_layers:
+            pipe = (axes.pipe, f"parallel.pipe ({axes.pipe})")
+            splits.append((pipe, "the number of mixture blocks", model.num_moe_layers))
             splits.append((tensor, "model.expert_ffn_dim", model.expert_ffn_dim))
         for (shards, option), split, size in splits:
             require(

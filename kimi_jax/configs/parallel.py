@@ -10,6 +10,9 @@ class ParallelConfig:
     """Sizes of the mesh axes.
 
     Attributes:
+      pipe: stages that the mixture blocks run through, one after the other, each with its share of
+        the layers; it must divide their number. Every other weight and the batch are split along
+        it. Its devices exchange activations only, so that it, too, may lie across slices.
       replica: copies of everything: only the batch is split along this axis. Its devices need few
         exchanges, so that it may lie across slices, over the data-centre network.
       data: devices along which the batch and every weight are split (FSDP); None takes all that the
@@ -21,12 +24,13 @@ class ParallelConfig:
         heads.
       tensor: devices along which the heads, the inner widths of feed-forward layers and the
         vocabulary are split.
-      cross_slices: whether the data and expert axes may lie across slices, where the replica axis
-        does not cover them; their exchanges are large, and that network is slow.
+      cross_slices: whether the data and expert axes may lie across slices, where pipe and replica
+        do not cover them; their exchanges are large, and that network is slow.
       simulated_devices: how many devices to simulate where there is no accelerator; without effect
         on a machine that has one.
     """
 
+    pipe: int = 1
     replica: int = 1
     data: int | None = None
     expert: int | None = None
@@ -40,6 +44,7 @@ class ParallelConfig:
         require_positive(
             self,
             "parallel",
+            "pipe",
             "replica",
             "data",
             "expert",

@@ -47,5 +47,6 @@ def summed_loss(
     params: transformer.TransformerParams, batch: Batch, *, config: ExperimentConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of weight * -log p over a batch, in nats, and the sum of weights."""
+    params = transformer.to_stages(params, config=config.model, choices=config.compute)
     losses, _ = loss.batch_losses(params, batch, config=config.model, choices=config.compute)
     return jnp.sum(losses * batch.weights), jnp.sum(batch.weights)

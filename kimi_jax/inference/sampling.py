@@ -53,6 +53,7 @@ def _sample(params, prompts, key, temperature, *, num_tokens, config, choices):
     tokens = jax.reshard(jnp.pad(prompts, ((0, 0), (0, num_tokens + padding))), BATCH)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = jnp.ones_like(tokens)
+    params = transformer.to_stages(params, config=config, choices=choices)
 
     def add_token(index: Array, tokens: Array) -> Array:
         hidden, _ = transformer.forward(

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from kimi_jax.parallel.rules import here
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def project(
@@ -38,6 +40,8 @@ def project(
     """
     if _layout(x) is None:
         out_layout = None
+    elif out_layout is not None:
+        out_layout = here(out_layout)
     return _einsum(equation, x, w, out_dtype or x.dtype, out_layout)
 
 

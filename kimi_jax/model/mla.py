@@ -119,7 +119,7 @@ def mla(
     Returns:
       The output, and each sequence's and head's largest scaled logit, for QK-clip.
     """
-    batch, heads = rules.BATCH, rules.HEADS
+    batch, heads = rules.here(rules.BATCH), rules.here(rules.HEADS)
     cos, sin = rope.cos_sin(config, positions)
     with jax.named_scope("queries"):
         c_q = x
@@ -147,6 +147,6 @@ def mla(
             in_specs=(heads, heads, heads, batch, heads, batch),
             out_specs=(heads, rules.HEAD_MAXIMA),
         )(q_nope, q_rope, k_nope, k_rope, value, segments)
-        out = jax.reshard(out, rules.HEAD_OUTPUTS)
+        out = jax.reshard(out, rules.here(rules.HEAD_OUTPUTS))
     y = project("btnu,nud->btd", out, params.w_out, out_layout=rules.TOKENS)
     return checkpoint_name(y, "attention_projected"), max_logit

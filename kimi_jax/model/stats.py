@@ -45,16 +45,25 @@ class ModelStats:
 
 
 def reduce_blocks(stacks: list[BlockStats]) -> ModelStats:
-    """Reduces stacked block statistics (leading axis L) over sequences and devices."""
+    """Reduces stacked block statistics over sequences and devices.
+
+    Args:
+      stacks: leaves with a leading axis L, and behind a pipeline an axis of micro-batches.
+    """
     loads = [s.expert_load for s in stacks if s.expert_load is not None]
     dropped = [s.dropped for s in stacks if s.dropped is not None]
     losses = [s.balance_loss for s in stacks if s.balance_loss is not None]
     return ModelStats(
-        max_logit=jnp.concatenate([jnp.max(s.max_logit, axis=1) for s in stacks]),
-        expert_load=jnp.sum(loads[0], axis=1) if loads else None,
+        max_logit=jnp.concatenate([_between(jnp.max, s.max_logit) for s in stacks]),
+        expert_load=_between(jnp.sum, loads[0]) if loads else None,
         dropped=jnp.sum(dropped[0]) if dropped else None,
         balance_loss=jnp.sum(losses[0]) if losses else None,
     )
+
+
+def _between(reduce: Any, stack: jax.Array) -> jax.Array:
+    """Reduces all axes but the first and the last."""
+    return reduce(stack, axis=tuple(range(1, stack.ndim - 1)))
 
 
 def merge(first: ModelStats, second: ModelStats) -> ModelStats:

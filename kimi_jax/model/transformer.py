@@ -1,5 +1,6 @@
 """The decoder: embedding, dense blocks, mixture blocks, final norm; and the head."""
 
+import functools
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ from kimi_jax.core.param_spec import EMBEDDING, HEAD, Leaf, ParamSpec, stack
 from kimi_jax.model import block, norm
 from kimi_jax.model.linear import project
 from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
-from kimi_jax.parallel.placement import to_compute
-from kimi_jax.parallel.rules import BATCH, REPLICATED, TOKENS
+from kimi_jax.parallel.pipeline import collect_layers, deal_layers, num_stages, pipeline
+from kimi_jax.parallel.placement import cast, to_compute
+from kimi_jax.parallel.rules import BATCH, REPLICATED, STORAGE, TOKENS, partition_specs
 
 _LAYER_INPUT = "layer_input"
 # What Remat.K2 keeps of a layer beside its input: the results of attention and of all products but
@@ -75,6 +77,29 @@ def specs(config: ModelConfig) -> TransformerParams:
     )
 
 
+def to_stages(
+    params: TransformerParams, *, config: ModelConfig, choices: ComputeConfig
+) -> TransformerParams:
+    """Gives the stages of the mesh's pipe axis their mixture blocks, cast to the compute dtype.
+
+    Changes nothing where there are no stages.
+    """
+    if num_stages() == 1 or params.moe_blocks is None:
+        return params
+    plan = block.specs(config, dense=False)
+    return params.replace(
+        moe_blocks=deal_layers(cast(params.moe_blocks, plan, choices.dtype.value))
+    )
+
+
+def from_stages(gradients: TransformerParams, *, config: ModelConfig) -> TransformerParams:
+    """Lays gradients of what `to_stages` returns out like the stored parameters."""
+    if num_stages() == 1 or gradients.moe_blocks is None:
+        return gradients
+    layouts = partition_specs(specs(config).moe_blocks, STORAGE)
+    return gradients.replace(moe_blocks=collect_layers(gradients.moe_blocks, layouts))
+
+
 @jax.named_scope("transformer")
 def forward(
     params: TransformerParams,
@@ -88,7 +113,7 @@ def forward(
     """Runs the decoder up to the final norm.
 
     Args:
-      params: stored parameters; every layer gathers its own when it runs.
+      params: `to_stages` of the stored parameters; every layer gathers its own when it runs.
       inputs: token ids in [0, V).
       positions: index of each token within its document, in [0, max_position).
       segments: document number of each token; attention never leaves a document.
@@ -111,9 +136,8 @@ def forward(
     stacks = []
     for stored, dense in ((params.dense_blocks, True), (params.moe_blocks, False)):
         if stored is not None:
-            block_plan = block.specs(config, dense=dense)
             x, stats = _run_stack(
-                stored, block_plan, x, positions, segments, config=config, choices=choices
+                stored, x, (positions, segments), dense=dense, config=config, choices=choices
             )
             stacks.append(stats)
     stats = jax.tree.map(lambda leaf: jax.reshard(leaf, REPLICATED), reduce_blocks(stacks))
@@ -122,22 +146,29 @@ def forward(
 
 def _run_stack(
     stored_blocks: block.BlockParams,
-    block_plan: block.BlockParams,
     x: Float[Array, "B T D"],
-    positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
+    rows: tuple[Int[Array, "B T"], Int[Array, "B T"]],
     *,
+    dense: bool,
     config: ModelConfig,
     choices: ComputeConfig,
 ) -> tuple[Float[Array, "B T D"], BlockStats]:
-    """Scans over stacked blocks of one kind; returns statistics stacked along L."""
+    """Runs stacked blocks of one kind, mixtures in stages where the mesh has a pipe axis.
 
-    def run_layer(x, stored):
+    Returns:
+      The activations, and statistics stacked along L.
+    """
+    plan, dtype = block.specs(config, dense=dense), choices.dtype.value
+    remat = functools.partial(_with_remat, choices=choices)
+
+    def run_layer(x, stored, rows):
         x = checkpoint_name(x, _LAYER_INPUT)
-        params = to_compute(stored, block_plan, choices.dtype.value)
-        return block.block(params, x, positions, segments, config=config, choices=choices)
+        params = to_compute(stored, plan, dtype)
+        return block.block(params, x, *rows, config=config, choices=choices)
 
-    return jax.lax.scan(_with_remat(run_layer, choices), x, stored_blocks)
+    if dense or num_stages() == 1:
+        return jax.lax.scan(remat(lambda x, stored: run_layer(x, stored, rows)), x, stored_blocks)
+    return pipeline(run_layer, stored_blocks, x, rows, remat=remat)
 
 
 def _with_remat(run_layer: Any, choices: ComputeConfig) -> Any:

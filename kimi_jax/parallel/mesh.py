@@ -13,15 +13,16 @@ from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.core.errors import require
 from kimi_jax.core.host_memory import keep_freed_memory
 
+PIPE = "pipe"  # layers, one after the other, and the batch; outside its stages, weights too
 REPLICA = "replica"  # batch alone; all weights are copied
 DATA = "data"  # batch, and every weight (FSDP)
 EXPERT = "expert"  # routed experts, batch, and dense weights
 CONTEXT = "context"  # positions; in attention heads instead; and weights
 TENSOR = "tensor"  # heads, inner widths, vocabulary
 # The slowest first: neighbours along the last axes are neighbours in the network.
-MESH_AXES = (REPLICA, DATA, EXPERT, CONTEXT, TENSOR)
-SEQUENCE_AXES = (REPLICA, DATA, EXPERT)  # what splits the sequences of a batch
-_MAY_CROSS_SLICES = (REPLICA, DATA, EXPERT)
+MESH_AXES = (PIPE, REPLICA, DATA, EXPERT, CONTEXT, TENSOR)
+SEQUENCE_AXES = (PIPE, REPLICA, DATA, EXPERT)  # what splits the sequences of a batch
+_MAY_CROSS_SLICES = (PIPE, REPLICA, DATA, EXPERT)
 
 
 def simulate_devices(count: int) -> None:
@@ -74,13 +75,13 @@ def arrange_devices(
 ) -> np.ndarray:
     """Places devices so that axes of much traffic run along fast links.
 
-    On TPUs the axes are laid along those of the physical torus, and slices along the replica axis.
-    Devices of other platforms are taken in their own order, which goes host by host.
+    On TPUs the axes are laid along those of the physical torus, and slices along the pipe and
+    replica axes. Devices of other platforms are taken in their own order, which goes host by host.
 
     Args:
       devices: as many as the mesh has.
       sizes: of the mesh axes, in their order.
-      cross_slices: whether the data and expert axes may take what slices the replica axis leaves.
+      cross_slices: whether the data and expert axes may take what slices those two leave.
 
     Returns:
       An array of devices with one dimension for each axis.
@@ -137,12 +138,13 @@ def _axis_sizes(
     config: ParallelConfig, num_routed_experts: int, num_devices: int
 ) -> dict[str, int]:
     """Fills in the axes that the configuration leaves open; in the order of `MESH_AXES`."""
-    available = num_devices // (config.replica * config.context * config.tensor)
+    others = config.pipe * config.replica * config.context * config.tensor
+    available = num_devices // others
     expert = config.expert or _fitting_expert_axis(
         available // (config.data or 1), config, num_routed_experts
     )
     data = config.data or max(1, available // expert)
-    sizes = (config.replica, data, expert, config.context, config.tensor)
+    sizes = (config.pipe, config.replica, data, expert, config.context, config.tensor)
     return dict(zip(MESH_AXES, sizes, strict=True))
 
 
@@ -160,10 +162,10 @@ def _slices_along_axes(
 ) -> dict[str, int]:
     """Says how many slices each axis crosses."""
     require(
-        cross_slices or sizes[REPLICA] % num_slices == 0,
-        f"parallel.replica ({sizes[REPLICA]}) must be a multiple of the {num_slices} slices, so "
-        "that only its exchanges cross the network between them; or let the data and expert axes "
-        "cross it, too, by parallel.cross_slices",
+        cross_slices or sizes[PIPE] * sizes[REPLICA] % num_slices == 0,
+        f"parallel.pipe * parallel.replica ({sizes[PIPE] * sizes[REPLICA]}) must be a multiple of "
+        f"the {num_slices} slices, so that only their exchanges cross the network between them; or "
+        "let the data and expert axes cross it, too, by parallel.cross_slices",
     )
     left = num_slices
     across = dict.fromkeys(sizes, 1)
@@ -172,7 +174,7 @@ def _slices_along_axes(
         left //= across[name]
     require(
         left == 1,
-        f"{num_slices} slices cannot be laid along {_describe(sizes)}: parallel.replica * "
-        "parallel.data * parallel.expert must be a multiple of them",
+        f"{num_slices} slices cannot be laid along {_describe(sizes)}: parallel.pipe * "
+        "parallel.replica * parallel.data * parallel.expert must be a multiple of them",
     )
     return across

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from kimi_jax.parallel.rules import here
+
 
 def per_shard(fn: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Runs `fn` on each device's own shard of its arguments, over the whole mesh.
+    """Runs `fn` on each device's own shard of its arguments, over all axes of the mesh.
 
     Inside, shapes are local and collectives name mesh axes. Kernels can only run here: a Pallas
     call needs every mesh axis to be manual, and its interpreter fails under the varying-axes check,
@@ -25,12 +27,21 @@ def per_shard(fn: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Calla
     """
 
     def run(*args: Any) -> Any:
-        specs = jax.tree.map(lambda spec, arg: jax.tree.map(lambda _: spec, arg), in_specs, args)
+        specs = jax.tree.map(
+            lambda spec, arg: jax.tree.map(lambda _: here(spec), arg), in_specs, args
+        )
         wide = jax.tree.map(_name_unused_axes, specs, args)
         args = jax.tree.map(
             lambda arg, w, s: arg if w is s else jax.reshard(arg, w), args, wide, specs
         )
-        return jax.shard_map(fn, in_specs=wide, out_specs=out_specs, check_vma=False)(*args)
+        mesh = jax.sharding.get_abstract_mesh()
+        return jax.shard_map(
+            fn,
+            in_specs=wide,
+            out_specs=jax.tree.map(here, out_specs),
+            axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+            check_vma=False,
+        )(*args)
 
     return run
 
@@ -47,6 +58,8 @@ def _name_unused_axes(spec: PartitionSpec, arg: Any) -> PartitionSpec:
         return spec  # where the argument is not laid out like this, shard_map says so
     entries = [entry if isinstance(entry, tuple) else (entry,) for entry in full]
     named = {name for entry in entries for name in entry}
-    unused = [n for n, size in kind.sharding.mesh.shape.items() if size == 1 and n not in named]
+    mesh = kind.sharding.mesh
+    named.update(mesh.manual_axes)
+    unused = [name for name, size in mesh.shape.items() if size == 1 and name not in named]
     first = [name for name in entries[0] if name is not None]
     return PartitionSpec((*first, *unused), *full[1:])

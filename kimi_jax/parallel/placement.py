@@ -33,18 +33,24 @@ def to_compute(stored: Any, plan: Any, dtype: Any) -> Any:
     """Casts stored parameters to the compute dtype and gathers them into the compute layout.
 
     All-gathers each leaf over the mesh axes that split it in storage but not in compute; the
-    backward pass reduce-scatters its gradient. Matrices, embedding and head are cast before they
-    travel. The router and the norm gains stay float32: ties decide experts, and gains are applied
-    in float32.
+    backward pass reduce-scatters its gradient. What is cast is cast before it travels.
     """
     layouts = rules.partition_specs(plan, rules.COMPUTE)
+    return jax.tree.map(jax.reshard, cast(stored, plan, dtype), layouts)
 
-    def gather(spec: ParamSpec, leaf: jax.Array, layout: PartitionSpec) -> jax.Array:
-        if spec.kind in _ROUNDED_KINDS and ROUTER not in spec.tags:
-            leaf = leaf.astype(dtype)
-        return jax.reshard(leaf, layout)
 
-    return map_specs(gather, plan, stored, layouts)
+def cast(stored: Any, plan: Any, dtype: Any) -> Any:
+    """Casts matrices, embedding and head to the compute dtype.
+
+    The router and the norm gains stay float32: ties decide experts, and gains are applied in
+    float32. Leaves may be stacks of what the plan describes.
+    """
+
+    def convert(spec: ParamSpec, leaf: jax.Array) -> jax.Array:
+        rounded = spec.kind in _ROUNDED_KINDS and ROUTER not in spec.tags
+        return leaf.astype(dtype) if rounded else leaf
+
+    return map_specs(convert, plan, stored)
 
 
 def abstract_parameters(plan: Any, mesh: Mesh) -> Any:

@@ -6,7 +6,7 @@ what the tensor axis, or in attention the heads' share of the context axis, keep
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -15,14 +15,14 @@ from jax.sharding import PartitionSpec
 from kimi_jax.core import axes as ax
 from kimi_jax.core.errors import require
 from kimi_jax.core.param_spec import NORM, SELECTION_BIAS, ParamSpec, map_specs
-from kimi_jax.parallel.mesh import CONTEXT, DATA, EXPERT, SEQUENCE_AXES, TENSOR
+from kimi_jax.parallel.mesh import CONTEXT, DATA, EXPERT, PIPE, SEQUENCE_AXES, TENSOR
 
 RuleTable = Mapping[str, tuple[str, ...]]
 
 # Heads are split over tensor first: the heads that a group of the context axis exchanges for
 # positions are then consecutive, as w_out's are.
 _HEADS = (TENSOR, CONTEXT)
-_FSDP = (DATA, EXPERT, TENSOR, CONTEXT)
+_FSDP = (DATA, EXPERT, TENSOR, CONTEXT, PIPE)
 
 # In both, earlier rows are served first.
 STORAGE: RuleTable = {
@@ -91,6 +91,24 @@ def partition_spec(
                 free.remove(mesh_axis)
         entries[dim] = tuple(taken) if len(taken) > 1 else (taken[0] if taken else None)
     return PartitionSpec(*entries)
+
+
+def here(layout: PartitionSpec) -> PartitionSpec:
+    """Leaves out mesh axes that are manual where this is called: in a pipeline's stage, its own."""
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    return without(layout, manual) if manual else layout
+
+
+def without(layout: PartitionSpec, names: Collection[str]) -> PartitionSpec:
+    """Returns the layout with some mesh axes left out."""
+
+    def keep(entry: Any) -> Any:
+        if isinstance(entry, tuple):
+            kept = tuple(name for name in entry if name not in names)
+            return kept or None
+        return None if entry in names else entry
+
+    return PartitionSpec(*map(keep, layout))
 
 
 def partition_specs(plan: Any, table: RuleTable) -> Any:

@@ -102,7 +102,9 @@ def train_step(
         batch_share_of_loss, config=config, total_weight=jnp.sum(batch.weights)
     )
     micro_batches = split_micro_batches(batch, config.training.accumulation_steps)
-    gradients, parts, stats = accumulate(loss_fn, state.params, micro_batches)
+    working = transformer.to_stages(state.params, config=config.model, choices=config.compute)
+    gradients, parts, stats = accumulate(loss_fn, working, micro_batches)
+    gradients = transformer.from_stages(gradients, config=config.model)
     with jax.named_scope("optimizer"):
         updates, optimizer = transformation.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -126,7 +128,7 @@ def batch_share_of_loss(
     config: ExperimentConfig,
     total_weight: jax.Array,
 ) -> tuple[jax.Array, tuple[Metrics, ModelStats]]:
-    """Returns a micro-batch's share of the batch's loss.
+    """Returns a micro-batch's share of the batch's loss, of parameters from `to_stages`.
 
     sum(weight * -log p) / total_weight, the weight of the whole batch, plus alpha times the mean of
     the balance losses over the batch's sequences and layers.

@@ -8,6 +8,7 @@ from kimi_jax.analysis.compiled_program import read_program
 from kimi_jax.analysis.expected_flops import expected_flops, newton_schulz_flops
 from kimi_jax.configs.compute import Remat
 from kimi_jax.configs.optimizer import MatrixGranularity, OptimizerName
+from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.model import transformer
 from kimi_jax.model.accounting import flops_per_token, train_flops_per_step
 from kimi_jax.optimizers.newton_schulz import newton_schulz
@@ -74,6 +75,17 @@ class ExpectedFlopsTest(absltest.TestCase):
         of_experts = flops_per_token(config.model, tiny.LENGTH).routed_experts
         added = 0.5 * config.batch_tokens * of_experts
         self.assertAlmostEqual(roomy.forward - even.forward, added, delta=1e-6 * added)
+
+    def test_a_pipeline_computes_as_many_layers_for_nobody_as_it_has_stages_but_one(self):
+        config, alone = self._expect()
+        config = dataclasses.replace(config, parallel=ParallelConfig(pipe=2))
+        piped = expected_flops(config, transformer.specs(config.model))
+        # The tiny model has two mixture blocks and a dense one, all with the same attention.
+        parts = flops_per_token(config.model, tiny.LENGTH)
+        mixture = (parts.shared_experts + parts.routed_experts + parts.router) / 2
+        attention = (parts.attention_projections + parts.attention_core) / 3
+        added = config.batch_tokens * (mixture + attention)
+        self.assertAlmostEqual(piped.forward - alone.forward, added, delta=1e-6 * added)
 
     def test_keeping_more_recomputes_less(self):
         full, k2, none = (

@@ -10,20 +10,20 @@ from kimi_jax.training.step import make_optimizer
 from tests.support import tiny
 
 
-def _terms(config, data=2, expert=4):
-    terms = memory.estimate(config, memory.mesh_sizes(data, expert))
+def _terms(config, data=2, expert=4, **others):
+    terms = memory.estimate(config, memory.mesh_sizes(data, expert, **others))
     return {term.name: term.bytes for term in terms}
 
 
 class MemoryTest(parameterized.TestCase):
-    @parameterized.parameters((1, 1), (2, 4), (8, 1))
-    def test_parameters_and_optimizer_are_those_of_the_real_state(self, data, expert):
+    @parameterized.parameters((1, 1, 1), (2, 4, 1), (8, 1, 1), (2, 2, 2))
+    def test_parameters_and_optimizer_are_those_of_the_real_state(self, data, expert, pipe):
         config = tiny.experiment()
-        mesh = tiny.mesh(data, expert)
+        mesh = tiny.mesh(data, expert, pipe=pipe)
         with jax.set_mesh(mesh):
             plan = transformer.specs(config.model)
             state = abstract_state(config, plan, make_optimizer(config, plan), mesh)
-        terms = _terms(config, data, expert)
+        terms = _terms(config, data, expert, pipe=pipe)
         self.assertEqual(terms["parameters"], shard_bytes(state.params))
         # The state has scalars, counters and norms, too.
         small = shard_bytes(state.optimizer) - terms["optimizer state"]
@@ -52,6 +52,16 @@ class MemoryTest(parameterized.TestCase):
         replaced = {Remat.K2: codes, Remat.NONE: without_remat}[remat]
         saved = kept(ResidualFormat.COMPUTE) - kept(ResidualFormat.FP8)
         self.assertEqual(saved, 4 * replaced - codes - 4 * scales)
+
+    def test_a_pipeline_keeps_the_inputs_of_its_idle_ticks_and_its_layers_gradients(self):
+        config = tiny.experiment(compute={"remat": Remat.FULL})
+        alone, piped = _terms(config), _terms(config, expert=2, pipe=2)
+        kept = "activations kept for the backward pass"
+        layers = config.model.num_layers
+        self.assertEqual(piped[kept], alone[kept] * (layers + 1) // layers)
+        row = "pipeline: gradients of stages, micro-batches in line"
+        self.assertEqual(alone[row], 0)
+        self.assertGreater(piped[row], 0)
 
     def test_micro_batches_divide_activations_and_double_gradients(self):
         one = _terms(tiny.experiment(compute={"remat": Remat.FULL}))

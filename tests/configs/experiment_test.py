@@ -26,6 +26,10 @@ class ExperimentConfigTest(parameterized.TestCase):
             r"parallel.context \(2\) \* parallel.tensor \(2\) must divide model.num_heads \(2\)",
         ),
         ({"tensor": 4}, "model.num_heads"),
+        (
+            {"pipe": 3},
+            r"parallel.pipe \(3\) must divide the number of mixture blocks \(2\), which it splits",
+        ),
     )
     def test_axes_that_do_not_divide_what_they_split_are_refused(self, axes, message):
         with self.assertRaisesRegex(ConfigError, message):

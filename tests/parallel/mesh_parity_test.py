@@ -33,8 +33,9 @@ ROWS, LENGTH = 8, 16
 QUICK = {"xla_backend_optimization_level": 0}
 
 MODEL = {"num_layers": 1, "num_dense_layers": 0, "num_heads": 4, "num_routed_experts": 4}
-BOTH_KINDS = MODEL | {"num_layers": 2, "num_dense_layers": 1, "dense_ffn_dim": 16}
+BOTH_KINDS = MODEL | {"num_layers": 3, "num_dense_layers": 1, "dense_ffn_dim": 16}
 YARN = MODEL | {"yarn": YarnConfig(factor=4.0, original_max_position=8)}
+IN_TWO_ROUNDS = YARN | {"num_layers": 4}  # of a pipeline of two stages
 NO_QUERY_LATENT = MODEL | {"q_latent_dim": None}
 
 
@@ -81,6 +82,7 @@ def gradients_on(mesh, config):
 
     def share(params, batch):
         total = jnp.sum(batch.weights)
+        params = transformer.to_stages(params, config=config.model, choices=config.compute)
         return steps.batch_share_of_loss(params, batch, config=config, total_weight=total)
 
     compute = jax.jit(jax.value_and_grad(share, has_aux=True), compiler_options=QUICK)
@@ -128,6 +130,8 @@ def first_step_on_one_device(config):
 
 class MeshParityTest(parameterized.TestCase):
     @parameterized.named_parameters(
+        ("pipe_2", {"pipe": 2}, IN_TWO_ROUNDS),
+        ("pipe_2_data_2_expert_2", {"pipe": 2, "data": 2, "expert": 2}, IN_TWO_ROUNDS),
         ("replica_2", {"replica": 2}, MODEL),
         ("context_2", {"context": 2}, MODEL),
         ("context_4_with_yarn", {"context": 4}, YARN),
@@ -158,6 +162,7 @@ class MeshParityTest(parameterized.TestCase):
                 np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
     @parameterized.named_parameters(
+        ("pipe_2_data_2_expert_2", {"pipe": 2, "data": 2, "expert": 2}),
         ("replica_2_data_2_expert_2", {"replica": 2, "data": 2, "expert": 2}),
         ("data_2_context_2_tensor_2", {"data": 2, "context": 2, "tensor": 2}),
     )

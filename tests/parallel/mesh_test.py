@@ -30,9 +30,11 @@ class MeshTest(parameterized.TestCase):
 
     def test_data_takes_what_the_other_axes_leave(self):
         mesh = meshes.make_mesh(ParallelConfig(replica=2, expert=2), 16)
-        self.assertEqual(tuple(mesh.shape.values()), (2, 2, 2, 1, 1))
+        self.assertEqual(tuple(mesh.shape.values()), (1, 2, 2, 2, 1, 1))
+        mesh = meshes.make_mesh(ParallelConfig(pipe=4, expert=1), 16)
+        self.assertEqual(tuple(mesh.shape.values()), (4, 1, 2, 1, 1, 1))
         mesh = meshes.make_mesh(ParallelConfig(context=2, tensor=2), 16)
-        self.assertEqual(tuple(mesh.shape.values()), (1, 1, 2, 2, 2))
+        self.assertEqual(tuple(mesh.shape.values()), (1, 1, 1, 2, 2, 2))
         self.assertEqual(tuple(mesh.shape), meshes.MESH_AXES)
 
     def test_axes_are_explicit(self):
@@ -91,12 +93,12 @@ def mesh_of(devices, **config):
 
 
 class ArrangeDevicesTest(parameterized.TestCase):
-    @parameterized.parameters((2, 2), (2, 4), (4, 4))
-    def test_each_replica_lies_within_a_slice(self, num_slices, replicas):
-        arranged = mesh_of(slices(num_slices), replica=replicas)
+    @parameterized.parameters((2, 1, 2), (2, 1, 4), (4, 1, 4), (2, 2, 1), (4, 2, 2))
+    def test_each_stage_and_replica_lies_within_a_slice(self, num_slices, stages, replicas):
+        arranged = mesh_of(slices(num_slices), pipe=stages, replica=replicas)
         self.assertEqual(arranged.size, 4 * num_slices)
-        for replica in arranged:
-            self.assertLen({chip.slice_index for chip in replica.flat}, 1)
+        for part in arranged.reshape(stages * replicas, -1):
+            self.assertLen({chip.slice_index for chip in part}, 1)
 
     @parameterized.parameters(1, 3)
     def test_slices_that_replicas_do_not_cover_are_refused(self, replicas):
@@ -106,9 +108,8 @@ class ArrangeDevicesTest(parameterized.TestCase):
 
     def test_data_crosses_slices_where_asked_and_is_their_slowest_part(self):
         arranged = mesh_of(slices(2), data=4, expert=2, cross_slices=True)
-        within = [
-            {chip.slice_index for chip in half.flat} for half in (arranged[0, :2], arranged[0, 2:])
-        ]
+        halves = arranged[0, 0, :2], arranged[0, 0, 2:]
+        within = [{chip.slice_index for chip in half.flat} for half in halves]
         self.assertEqual(within, [{0}, {1}])
 
     def test_tensor_never_crosses_slices(self):

@@ -1,5 +1,6 @@
 import jax
 from absl.testing import absltest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from kimi_jax.core import axes as ax
@@ -7,7 +8,7 @@ from kimi_jax.core.errors import ConfigError
 from kimi_jax.core.param_spec import MATRIX, NORM, ROUTED_EXPERT, ParamSpec
 from kimi_jax.parallel import rules
 
-_SIZES = {"replica": 1, "data": 2, "expert": 4, "context": 1, "tensor": 1}
+_SIZES = {"pipe": 1, "replica": 1, "data": 2, "expert": 4, "context": 1, "tensor": 1}
 
 
 def _spec(shape, axes, *tags):
@@ -63,6 +64,21 @@ class RulesTest(absltest.TestCase):
         spec = _spec((16, 24), (ax.EMBED, ax.FFN))
         layout = rules.partition_spec(spec, rules.STORAGE, _SIZES | {"replica": 2})
         self.assertEqual(layout, P(("data", "expert"), None))
+
+    def test_stages_share_every_weight_in_storage_and_deal_out_whole_layers_to_compute(self):
+        spec = _spec((8, 16, 24), (ax.EXPERTS, ax.EMBED, ax.EXPERT_FFN), MATRIX, ROUTED_EXPERT)
+        layout = rules.partition_spec(spec, rules.STORAGE, _SIZES | {"pipe": 2})
+        self.assertEqual(layout, P("expert", ("data", "pipe"), None))
+        self.assertEqual(rules.without(layout, {"pipe"}), P("expert", ("data",), None))
+
+    def test_a_layout_leaves_out_what_is_manual_where_it_is_used(self):
+        mesh = jax.sharding.AbstractMesh(
+            (2, 2), ("pipe", "data"), axis_types=(AxisType.Manual, AxisType.Explicit)
+        )
+        layout = P(("pipe", "data"), "pipe", None)
+        with jax.sharding.use_abstract_mesh(mesh):
+            self.assertEqual(rules.here(layout), P(("data",), None, None))
+        self.assertEqual(rules.here(layout), layout)
 
     def test_a_table_with_an_unknown_or_repeated_axis_is_refused(self):
         spec = _spec((16, 24), (ax.EMBED, ax.FFN))
