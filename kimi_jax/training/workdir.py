@@ -17,6 +17,7 @@ CONFIG_FILE = "config.json"
 # not what.
 _FREE_ON_RESUME = (
     "parallel.",
+    "training.accumulation_steps",
     "training.log_every",
     "training.eval_every",
     "training.checkpoint_every",

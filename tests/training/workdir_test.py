@@ -37,7 +37,7 @@ class WorkdirTest(parameterized.TestCase):
 
     @parameterized.parameters(
         {"training": {"log_every": 7, "checkpoint_every": 1, "checkpoints_to_keep": 9}},
-        {"parallel": {"data": 2, "expert": 1}},
+        {"parallel": {"data": 2, "expert": 1}, "training": {"accumulation_steps": 2}},
         {"data": {"num_threads": 1, "prefetch": 9, "cache_dir": "elsewhere"}},
     )
     def test_what_does_not_change_the_result_may_differ(self, **sections):
