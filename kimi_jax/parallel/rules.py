@@ -101,14 +101,15 @@ def here(layout: PartitionSpec) -> PartitionSpec:
 
 def without(layout: PartitionSpec, names: Collection[str]) -> PartitionSpec:
     """Returns the layout with some mesh axes left out."""
+    kept = [tuple(n for n in entry_axes(entry) if n not in names) for entry in layout]
+    return PartitionSpec(*(entry or None for entry in kept))
 
-    def keep(entry: Any) -> Any:
-        if isinstance(entry, tuple):
-            kept = tuple(name for name in entry if name not in names)
-            return kept or None
-        return None if entry in names else entry
 
-    return PartitionSpec(*map(keep, layout))
+def entry_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names the mesh axes in one entry of a PartitionSpec, the slowest first."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def partition_specs(plan: Any, table: RuleTable) -> Any:

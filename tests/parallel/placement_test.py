@@ -1,4 +1,5 @@
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -60,6 +61,20 @@ class PlacementTest(absltest.TestCase):
         self.assertEqual(gradients.w_up.dtype, jnp.float32)
         self.assertEqual(gradients.w_up.sharding.spec, P(("data", "expert"), None))
         self.assertIn("all-gather", text)
+
+    def test_on_tpus_mesh_axes_are_gathered_one_after_the_other(self):
+        mesh = _mesh(2, 4)
+        params = _initialize(mesh)
+        compute = functools.partial(placement.to_compute, plan=_PLAN, dtype=jnp.float32)
+        with jax.set_mesh(mesh):
+            at_once = jax.jit(compute)(params)
+            with mock.patch.object(placement, "target_platform", return_value="tpu"):
+                traced = jax.jit(lambda tree: compute(tree)).trace(params)
+            in_steps = traced.lower().compile()(params)
+        chex.assert_trees_all_equal(at_once, in_steps)
+        reshards = [e for e in traced.jaxpr.eqns if e.primitive.name == "reshard"]
+        layouts = [reshard.params["dst_sharding"].spec for reshard in reshards]
+        self.assertEqual(layouts[:2], [P("data", None), P(None, None)])
 
     def test_abstract_parameters_are_those_of_initialize(self):
         mesh = _mesh(2, 4)
