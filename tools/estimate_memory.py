@@ -52,8 +52,7 @@ def main() -> None:
     devices, smallest, most = found
     console.print(
         f"The smallest mesh of {_CHIP.value} that leaves a tenth of the memory free: {devices} "
-        f"devices, data {smallest['data']} x expert {smallest['expert']}: "
-        f"{most / costs.GIB:.2f} GiB"
+        f"devices, {_describe(smallest)}: {most / costs.GIB:.2f} GiB"
     )
 
 
@@ -61,7 +60,7 @@ def _sizes(config: ExperimentConfig, devices: int | None) -> dict[str, int] | No
     """Returns the mesh that the user has named, by --devices or in the configuration."""
     parallel = config.parallel
     data, expert = parallel.data, parallel.expert
-    others = {name: getattr(parallel, name) for name in ("pipe", "replica", "context", "tensor")}
+    others = {name: getattr(parallel, name) for name in memory.CONFIGURED_AXES}
     fixed = math.prod(others.values())
     if devices is None:
         return memory.mesh_sizes(data, expert, **others) if data and expert else None
@@ -83,8 +82,8 @@ def _widest_expert_axis(devices: int, config: ExperimentConfig) -> int:
 
 
 def _table(terms: tuple[memory.Term, ...], sizes: dict[str, int], chip: costs.Chip) -> Table:
-    mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
-    table = Table(title=f"Estimated memory per device, {mesh}", title_justify="left")
+    title = f"Estimated memory per device, {_describe(sizes)}"
+    table = Table(title=title, title_justify="left")
     for heading in ("", "when"):
         table.add_column(heading)
     for heading in ("GiB", "of the chip"):
@@ -94,6 +93,10 @@ def _table(terms: tuple[memory.Term, ...], sizes: dict[str, int], chip: costs.Ch
     for name, phase, size in rows:
         table.add_row(name, phase, f"{size / costs.GIB:.3f}", f"{size / chip.memory_bytes:.1%}")
     return table
+
+
+def _describe(sizes: dict[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one device"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """What the pre-training runs of Kimi K2 have in common: the published recipe (arXiv 2507.20534).
 
 Section 2.5: sequences of 4,096 tokens in batches of 67 M; 500 steps of warm-up to 2e-4, constant
-up to 10 T tokens, a cosine to 2e-5 over 5.5 T; weight decay 0.1, tau 100. Momentum, AdamW's betas,
-the clipping of gradients and the rate of the selection biases are not published; they are this
-project's defaults. The corpus is the user's: `data/` beside the program, or overrides.
+up to 10 T tokens, a cosine to 2e-5 over 5.5 T; weight decay 0.1, tau 100. Towards the end the rate
+falls from 2e-5 to 7e-6, over 400 B tokens in sequences of 4,096 and 60 B in sequences of 32 K; YaRN
+extends the context to 128 K. Momentum, AdamW's betas, the clipping of gradients and the rate of the
+selection biases are not published; they are this project's defaults. The corpus is the user's:
+`data/` beside the program, or overrides.
 """
 
 import dataclasses
@@ -18,20 +20,25 @@ from kimi_jax.configs.data import (
     TokenizerKind,
 )
 from kimi_jax.configs.experiment import ExperimentConfig
-from kimi_jax.configs.optimizer import OptimizerConfig, ScheduleConfig
+from kimi_jax.configs.optimizer import MomentumDtype, OptimizerConfig, ScheduleConfig
 from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.configs.training import TrainingConfig
 
 SEQUENCE_LENGTH = 4096
 BATCH_SEQUENCES = 16_384  # 67,108,864 tokens
-_BATCH_TOKENS = BATCH_SEQUENCES * SEQUENCE_LENGTH
+BATCH_TOKENS = BATCH_SEQUENCES * SEQUENCE_LENGTH
 _WARMUP_STEPS = 500
-_STABLE_STEPS = round(10e12 / _BATCH_TOKENS) - _WARMUP_STEPS
-_DECAY_STEPS = round(5.5e12 / _BATCH_TOKENS)
+_STABLE_STEPS = round(10e12 / BATCH_TOKENS) - _WARMUP_STEPS
+_DECAY_STEPS = round(5.5e12 / BATCH_TOKENS)
+FINAL_RATE = 7e-6
 
 
 def experiment(
-    *, parallel: ParallelConfig, compute: ComputeConfig, accumulation_steps: int
+    *,
+    parallel: ParallelConfig,
+    compute: ComputeConfig,
+    accumulation_steps: int,
+    momentum_dtype: MomentumDtype = MomentumDtype.FLOAT32,
 ) -> ExperimentConfig:
     """Returns the whole run, laid out as given."""
     return ExperimentConfig(
@@ -50,7 +57,8 @@ def experiment(
                 stable_steps=_STABLE_STEPS,
                 decay_steps=_DECAY_STEPS,
                 final=2e-5,
-            )
+            ),
+            momentum_dtype=momentum_dtype,
         ),
         training=TrainingConfig(
             num_steps=_WARMUP_STEPS + _STABLE_STEPS + _DECAY_STEPS,
@@ -61,4 +69,31 @@ def experiment(
         ),
         compute=compute,
         parallel=parallel,
+    )
+
+
+def context_stage(
+    *,
+    sequence_length: int,
+    schedule: ScheduleConfig,
+    num_steps: int,
+    parallel: ParallelConfig,
+    compute: ComputeConfig,
+    accumulation_steps: int,
+) -> ExperimentConfig:
+    """Returns a stage of longer sequences, in batches of as many tokens, with the released YaRN.
+
+    That the batch keeps its tokens, and YaRN already acts at 32 K, is inferred.
+    """
+    start = experiment(parallel=parallel, compute=compute, accumulation_steps=accumulation_steps)
+    return dataclasses.replace(
+        start,
+        model=presets.kimi_k2(),
+        data=dataclasses.replace(start.data, sequence_length=sequence_length),
+        optimizer=OptimizerConfig(schedule=schedule),
+        training=dataclasses.replace(
+            start.training,
+            num_steps=num_steps,
+            batch_sequences=BATCH_TOKENS // sequence_length,
+        ),
     )

@@ -21,7 +21,7 @@ from kimi_jax.model import transformer
 from kimi_jax.optimizers.muon_clip import ADAMW, MUON, label_parameters
 from kimi_jax.parallel import rules
 from kimi_jax.parallel.collectives import CHUNK_VALUES
-from kimi_jax.parallel.mesh import EXPERT, MESH_AXES, PIPE, TENSOR
+from kimi_jax.parallel.mesh import CONTEXT, EXPERT, MESH_AXES, PIPE, TENSOR
 from kimi_jax.parallel.ragged_exchange import buffer_share
 
 STATE = "all the time"
@@ -35,6 +35,8 @@ _SCALE_BYTES = 4  # float32, one for each tile of FP8 codes
 # A mesh fits if it leaves this share of the memory to what the closed form does not know.
 _USABLE = 0.9
 _MOST_DEVICES = 2**14
+# Mesh axes whose sizes the configuration always states.
+CONFIGURED_AXES = ("pipe", "replica", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,18 +125,20 @@ def peak(terms: tuple[Term, ...]) -> int:
 def smallest_mesh(
     config: ExperimentConfig, memory_bytes: int
 ) -> tuple[int, dict[str, int], int] | None:
-    """Finds the fewest devices, in powers of two, whose memory the run fits with room.
+    """Finds the fewest devices whose memory the run fits with room.
 
-    Of several divisions of as many devices into data x expert, the one with the lowest peak.
+    Data x expert is a power of two, of whose divisions the one with the lowest peak is taken; the
+    other axes are the configuration's.
 
     Returns:
       Devices, sizes of the axes and peak bytes; None if no mesh up to 16,384 devices fits.
     """
-    devices = 1
+    others = {name: getattr(config.parallel, name) for name in CONFIGURED_AXES}
+    devices = math.prod(others.values())
     while devices <= _MOST_DEVICES:
         found = [
             (peak(estimate(config, sizes)), number, sizes)
-            for number, sizes in enumerate(_meshes(config, devices))
+            for number, sizes in enumerate(_meshes(config, devices, others))
         ]
         fitting = [entry for entry in found if entry[0] <= _USABLE * memory_bytes]
         if fitting:
@@ -144,13 +148,17 @@ def smallest_mesh(
     return None
 
 
-def _meshes(config: ExperimentConfig, devices: int) -> Iterator[dict[str, int]]:
-    parts = devices * config.training.accumulation_steps
+def _meshes(
+    config: ExperimentConfig, devices: int, others: Mapping[str, int]
+) -> Iterator[dict[str, int]]:
+    left = devices // math.prod(others.values())
+    parallel = config.parallel
+    parts = left * parallel.pipe * parallel.replica * config.training.accumulation_steps
     if config.training.batch_sequences % parts:
         return
-    for expert in range(1, devices + 1):
-        if devices % expert == 0 and config.model.num_routed_experts % expert == 0:
-            yield mesh_sizes(devices // expert, expert)
+    for expert in range(1, left + 1):
+        if left % expert == 0 and config.model.num_routed_experts % expert == 0:
+            yield mesh_sizes(left // expert, expert, **others)
 
 
 def _parameters(setting: _Setting) -> int:
@@ -280,10 +288,12 @@ def _layer_values(setting: _Setting, *, dense: bool) -> int:
 
     Two norms and the residual between (3 D), latents, queries and keys N (H + R) each, values and
     output N U each, and gate, up and their product of each feed-forward part that a token passes.
+    Along the context axis heads are split instead of positions, but latents are whole.
     """
     model = setting.config.model
     attention = model.num_heads * 2 * (model.head_qk_dim + model.head_value_dim)
     latents = (model.q_latent_dim or 0) + model.kv_latent_dim
+    latents *= setting.sizes[CONTEXT]
     return 3 * model.embed_dim + latents + attention + _inner_values(setting, dense=dense)
 
 

@@ -55,6 +55,14 @@ class RopeTest(absltest.TestCase):
         np.testing.assert_allclose(_rotated_score(_K2, q, k, 1007, 1003), near, rtol=1e-3)
         self.assertGreater(abs(_rotated_score(_K2, q, k, 8, 3) - near), 1e-2)
 
+    def test_angles_are_right_at_the_last_of_two_million_positions(self):
+        positions = np.arange(2**21 - 64, 2**21)
+        cos, sin = rope.cos_sin(_K2, jnp.asarray(positions, jnp.int32)[None])
+        angles = positions[:, None] * rope.inverse_frequencies(_K2)
+        # An angle is off by half of 2^-32 turns a position; float32 products are off by 0.1.
+        np.testing.assert_allclose(cos[0], np.cos(angles), atol=2e-3)
+        np.testing.assert_allclose(sin[0], np.sin(angles), atol=2e-3)
+
     def test_pairs_are_adjacent_members(self):
         # Only dimensions 2 and 3 are set, so that only frequency 1 matters.
         x = np.zeros(_K2.head_rope_dim)
