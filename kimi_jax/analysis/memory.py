@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kimi_jax.configs.compute import Remat
+from kimi_jax.configs.compute import Remat, ResidualFormat
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.core import precision
 from kimi_jax.core.param_spec import NORM, SELECTION_BIAS, ParamSpec, named_specs
+from kimi_jax.kernels import fp8
 from kimi_jax.model import transformer
 from kimi_jax.optimizers.muon_clip import ADAMW, MUON, label_parameters
 from kimi_jax.parallel import rules
@@ -30,6 +31,7 @@ UPDATE = "optimizer"
 _PHASES = (LAYERS, LOSS, UPDATE)
 
 _MASTER_BYTES = jnp.dtype(precision.MASTER).itemsize
+_SCALE_BYTES = 4  # float32, one for each tile of FP8 codes
 # A mesh fits if it leaves this share of the memory to what the closed form does not know.
 _USABLE = 0.9
 _MOST_DEVICES = 2**14
@@ -214,28 +216,48 @@ def _kept_activations(setting: _Setting) -> int:
     """What the scan over layers stacks: W D b a layer, its input, and what the policy adds.
 
     K2 keeps the latents, the rotary key, attention's output before and after its projection, and
-    gate and up products with the rows that enter the experts. Without remat everything of
-    `_layer_values` is kept. What is offloaded takes no room.
+    gate and up products with the rows that enter the experts, these in a format of their own.
+    Without remat everything of `_layer_values` is kept; in FP8, SwiGLU's inputs and the rows take
+    the place of SwiGLU's inputs and results. What is offloaded takes no room.
     """
     model, compute = setting.config.model, setting.config.compute
     if compute.offload_activations:
         return 0
-    mixtures = model.num_moe_layers + setting.sizes[PIPE] - 1  # a pipeline also keeps idle ticks
-    total = setting.tokens * (model.num_dense_layers + mixtures) * model.embed_dim
-    match compute.remat:
-        case Remat.K2:
-            of_attention = (model.q_latent_dim or 0) + model.kv_latent_dim + model.head_rope_dim
-            of_attention += model.num_heads * model.head_value_dim + model.embed_dim
-            shared = 2 * model.num_shared_experts * model.expert_ffn_dim
-            of_experts = _expert_rows(setting) * (model.embed_dim + 2 * model.expert_ffn_dim)
-            total += setting.tokens * (model.num_dense_layers + mixtures) * of_attention
-            total += setting.tokens * model.num_dense_layers * 2 * model.dense_ffn_dim
-            total += mixtures * (setting.tokens * shared + of_experts)
-        case Remat.NONE:
-            of_layers = model.num_dense_layers * _layer_values(setting, dense=True)
-            of_layers += mixtures * _layer_values(setting, dense=False)
-            total += setting.tokens * of_layers
-    return setting.itemsize * total
+    layers = model.num_dense_layers + _kept_mixtures(setting)
+    total = setting.itemsize * setting.tokens * layers * model.embed_dim
+    if compute.remat is Remat.K2:
+        of_attention = (model.q_latent_dim or 0) + model.kv_latent_dim + model.head_rope_dim
+        of_attention += model.num_heads * model.head_value_dim + model.embed_dim
+        total += setting.itemsize * setting.tokens * layers * of_attention
+        total += _kept_feed_forward(setting)
+    if compute.remat is Remat.NONE:
+        in_fp8 = compute.feed_forward_residuals is ResidualFormat.FP8
+        for count, dense in ((model.num_dense_layers, True), (_kept_mixtures(setting), False)):
+            values = _layer_values(setting, dense=dense)
+            values -= _inner_values(setting, dense=dense) if in_fp8 else 0
+            total += setting.itemsize * setting.tokens * count * values
+        total += _kept_feed_forward(setting) if in_fp8 else 0
+    return total
+
+
+def _kept_mixtures(setting: _Setting) -> int:
+    """Mixtures whose activations wait; a pipeline also keeps those of its idle ticks."""
+    return setting.config.model.num_moe_layers + setting.sizes[PIPE] - 1
+
+
+def _kept_feed_forward(setting: _Setting) -> int:
+    """Bytes of all layers' gate and up products, and of the rows that enter the experts."""
+    model = setting.config.model
+
+    def row(width: int) -> int:
+        if setting.config.compute.feed_forward_residuals is ResidualFormat.FP8:
+            return width + _SCALE_BYTES * math.ceil(width / fp8.TILE)
+        return setting.itemsize * width
+
+    shared = 2 * row(model.num_shared_experts * model.expert_ffn_dim)
+    of_experts = _expert_rows(setting) * (row(model.embed_dim) + 2 * row(model.expert_ffn_dim))
+    total = setting.tokens * model.num_dense_layers * 2 * row(model.dense_ffn_dim)
+    return total + _kept_mixtures(setting) * (setting.tokens * shared + of_experts)
 
 
 def _expert_rows(setting: _Setting) -> int:
@@ -272,12 +294,15 @@ def _layer_values(setting: _Setting, *, dense: bool) -> int:
     attention = model.num_heads * 2 * (model.head_qk_dim + model.head_value_dim)
     latents = (model.q_latent_dim or 0) + model.kv_latent_dim
     latents *= setting.sizes[CONTEXT]
+    return 3 * model.embed_dim + latents + attention + _inner_values(setting, dense=dense)
+
+
+def _inner_values(setting: _Setting, *, dense: bool) -> int:
+    """Those of them that are SwiGLU's inputs and results."""
+    model = setting.config.model
     if dense:
-        inner = 3 * model.dense_ffn_dim
-    else:
-        passed = model.num_shared_experts + model.experts_per_token
-        inner = 3 * model.expert_ffn_dim * passed
-    return 3 * model.embed_dim + latents + attention + inner
+        return 3 * model.dense_ffn_dim
+    return 3 * model.expert_ffn_dim * (model.num_shared_experts + model.experts_per_token)
 
 
 def _gathered_layer(setting: _Setting) -> int:

@@ -22,6 +22,13 @@ class Remat(enum.Enum):
     FULL = "full"  # everything but the layer's input
 
 
+class ResidualFormat(enum.Enum):
+    """Format of what feed-forward layers and experts keep for their backward pass."""
+
+    COMPUTE = "compute"  # that of all activations
+    FP8 = "fp8"  # E4M3 codes, a float32 scale for every 128 (arXiv 2507.20534, section 2.4)
+
+
 class Implementation(enum.Enum):
     """Which kernels compute attention and the experts."""
 
@@ -47,6 +54,9 @@ class ComputeConfig:
     Attributes:
       dtype: format of activations and matrix products; master weights are float32 always.
       remat: what the backward pass recomputes.
+      feed_forward_residuals: format in which the inputs of SwiGLU and of the experts wait for the
+        backward pass. FP8 changes no result of the forward pass; gradients are those of the rounded
+        values.
       offload_activations: whether what is kept for the backward pass of a layer, its input
         included, waits in the host's memory; on a CPU that is the same memory.
       implementation: which kernels run; a named one runs or raises.
@@ -60,6 +70,7 @@ class ComputeConfig:
 
     dtype: ComputeDtype = ComputeDtype.BFLOAT16
     remat: Remat = Remat.NONE
+    feed_forward_residuals: ResidualFormat = ResidualFormat.COMPUTE
     offload_activations: bool = False
     implementation: Implementation = Implementation.AUTO
     logits_chunk_tokens: int | None = None
@@ -69,6 +80,12 @@ class ComputeConfig:
     def __post_init__(self):
         check_fields(self, "compute")
         require_positive(self, "compute", "logits_chunk_tokens", "exchange_capacity")
+        require(
+            self.feed_forward_residuals is ResidualFormat.COMPUTE or self.remat is not Remat.FULL,
+            f"compute.feed_forward_residuals {self.feed_forward_residuals.value!r} is a format of "
+            "what feed-forward layers keep for the backward pass, and with compute.remat 'full' "
+            "they keep nothing; choose 'k2' or 'none' in compute.remat, or leave the format out",
+        )
         require(
             not (self.offload_activations and self.remat is Remat.NONE),
             "compute.offload_activations moves what compute.remat keeps, and with 'none' that is "

@@ -55,6 +55,8 @@ def block(
         y, routed = moe.moe(params.feed_forward, normalised, config=config, choices=choices)
         stats = BlockStats(max_logit, routed.expert_load, routed.dropped, routed.balance_loss)
     else:
-        y = feed_forward.feed_forward(params.feed_forward, normalised)
+        y = feed_forward.feed_forward(
+            params.feed_forward, normalised, residuals=choices.feed_forward_residuals
+        )
         stats = BlockStats(max_logit, expert_load=None, dropped=None, balance_loss=None)
     return x + y, stats

@@ -4,7 +4,7 @@ import jax
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.configs.compute import Implementation
+from kimi_jax.configs.compute import Implementation, ResidualFormat
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core import axes as ax
 from kimi_jax.core.param_spec import MATRIX, ROUTED_EXPERT, Leaf, ParamSpec
@@ -49,6 +49,7 @@ def experts(
     weights: Float[Array, "W K"],
     *,
     implementation: Implementation = Implementation.AUTO,
+    residuals: ResidualFormat = ResidualFormat.COMPUTE,
 ) -> Float[Array, "W D"]:
     """Returns y[t] = sum_k weights[t, k] * E_{ids[t, k]}(x[t]), E(x) = (silu(x Wg) * (x Wu)) Wd.
 
@@ -61,6 +62,7 @@ def experts(
       expert_ids: chosen experts; one that is not held here (outside [0, E)) contributes nothing.
       weights: their weights.
       implementation: which kernel computes it.
+      residuals: format of what it keeps for the backward pass.
 
     Returns:
       The sums, in the tokens' dtype.
@@ -75,4 +77,5 @@ def experts(
         expert_ids,
         weights,
         implementation=implementation,
+        residuals=residuals,
     )

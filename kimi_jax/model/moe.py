@@ -70,7 +70,9 @@ def moe(
     y = jnp.sum(parts, axis=0)
     if params.shared is not None:
         with jax.named_scope("shared_expert"):
-            y = y + feed_forward.feed_forward(params.shared, x)
+            y = y + feed_forward.feed_forward(
+                params.shared, x, residuals=choices.feed_forward_residuals
+            )
     return y, stats
 
 
@@ -86,7 +88,12 @@ def _routed_per_shard(
     tokens = x.reshape(-1, x.shape[-1])
     routing = router.route(router_params, tokens, config=config)
     y, dropped = exchange_per_shard(
-        functools.partial(experts.experts, expert_params, implementation=choices.implementation),
+        functools.partial(
+            experts.experts,
+            expert_params,
+            implementation=choices.implementation,
+            residuals=choices.feed_forward_residuals,
+        ),
         tokens,
         routing.expert_ids,
         routing.weights,

@@ -36,6 +36,7 @@ _KEPT_BY_K2 = (
     "expert_inputs",
     "expert_gate",
     "expert_up",
+    "expert_gate_and_up",
 )
 
 

@@ -75,8 +75,8 @@ def arrange_devices(
 ) -> np.ndarray:
     """Places devices so that axes of much traffic run along fast links.
 
-    On TPUs the axes are laid along those of the physical torus, and slices along the pipe and
-    replica axes. Devices of other platforms are taken in their own order, which goes host by host.
+    On TPUs the axes are laid along those of the physical torus, and slices along the replica and
+    pipe axes. Devices of other platforms are taken in their own order, which goes host by host.
 
     Args:
       devices: as many as the mesh has.

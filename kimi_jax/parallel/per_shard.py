@@ -12,7 +12,8 @@ from kimi_jax.parallel.rules import here
 def per_shard(fn: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """Runs `fn` on each device's own shard of its arguments, over all axes of the mesh.
 
-    Inside, shapes are local and collectives name mesh axes. Kernels can only run here: a Pallas
+    Inside, shapes are local and collectives name mesh axes. Axes that are manual already, in a
+    pipeline's stage or a replica, are left out of the layouts. Kernels can only run here: a Pallas
     call needs every mesh axis to be manual, and its interpreter fails under the varying-axes check,
     which is therefore off; each kernel proves its gradient for replicated operands in a test
     instead.

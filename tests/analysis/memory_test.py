@@ -3,7 +3,7 @@ from absl.testing import absltest, parameterized
 
 from kimi_jax.analysis import memory
 from kimi_jax.analysis.step_report import shard_bytes
-from kimi_jax.configs.compute import Remat
+from kimi_jax.configs.compute import Remat, ResidualFormat
 from kimi_jax.model import transformer
 from kimi_jax.training.state import abstract_state
 from kimi_jax.training.step import make_optimizer
@@ -34,6 +34,24 @@ class MemoryTest(parameterized.TestCase):
         tokens = tiny.NUM_ROWS * tiny.LENGTH // 8
         kept = _terms(config)["activations kept for the backward pass"]
         self.assertEqual(kept, 4 * tokens * config.model.embed_dim * config.model.num_layers)
+
+    @parameterized.parameters(Remat.K2, Remat.NONE)
+    def test_fp8_residuals_take_a_byte_a_value_and_a_float32_for_128(self, remat):
+        def kept(residuals):
+            compute = {"remat": remat, "feed_forward_residuals": residuals}
+            config = tiny.experiment(compute=compute, model={"expert_ffn_dim": 144})
+            return _terms(config, 8, 1)["activations kept for the backward pass"]
+
+        tokens, model = tiny.NUM_ROWS * tiny.LENGTH // 8, tiny.MODEL
+        rows = tokens * model.experts_per_token
+        # One dense layer of width 48; two mixtures with a shared expert.
+        codes = tokens * 2 * 48 + 2 * (tokens * 2 * 144 + rows * (model.embed_dim + 2 * 144))
+        scales = tokens * 2 + 2 * (tokens * 2 * 2 + rows * (1 + 2 * 2))
+        # Without remat the estimate has no rows, but SwiGLU's results.
+        without_remat = tokens * 3 * 48 + 2 * 3 * 144 * (tokens + rows)
+        replaced = {Remat.K2: codes, Remat.NONE: without_remat}[remat]
+        saved = kept(ResidualFormat.COMPUTE) - kept(ResidualFormat.FP8)
+        self.assertEqual(saved, 4 * replaced - codes - 4 * scales)
 
     def test_a_pipeline_keeps_the_inputs_of_its_idle_ticks_and_its_layers_gradients(self):
         config = tiny.experiment(compute={"remat": Remat.FULL})

@@ -1,10 +1,11 @@
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
-from kimi_jax.configs.compute import Implementation
+from kimi_jax.configs.compute import Implementation, ResidualFormat
 from kimi_jax.kernels.grouped_swiglu import cases, grouped_swiglu
 from tests.support.gradients import (
     BFLOAT16_TOLERANCE,
@@ -15,6 +16,9 @@ from tests.support.gradients import (
 from tests.support.swiglu_oracle import swiglu_oracle
 
 _XLA = (Implementation.XLA, Implementation.XLA_ACCELERATOR)
+_KEEP_ALL_NAMED = jax.checkpoint_policies.save_only_these_names(
+    "expert_inputs", "expert_gate", "expert_up", "expert_gate_and_up"
+)
 
 
 def _inputs(case):
@@ -35,6 +39,58 @@ def _inputs(case):
     return operands, ids, rng.standard_normal((case.tokens, case.embed))
 
 
+def _inputs_with_exact_scales():
+    """Operands whose rows, gate and up products reach +-3.5 in every tile of 128.
+
+    The largest code is 448 = 3.5 * 2**7, so every scale is 2**-7; and all values are short binary
+    fractions, which float32 holds. So the codes are the same in float64, ties included.
+    """
+    rng = np.random.default_rng(3)
+    tokens, embed, inner, experts, per_token = 40, 144, 130, 3, 2
+
+    def products():
+        w = rng.integers(-4, 5, (experts, embed, inner)) / 256
+        w[:, :, ::128] = 0
+        w[:, 0, ::128] = 1  # copies the largest value of x
+        return w
+
+    x = rng.integers(-48, 49, (tokens, embed)) / 16
+    x[:, ::128] = rng.choice([-3.5, 3.5], (tokens, 1))
+    operands = [
+        x,
+        products(),
+        products(),
+        rng.standard_normal((experts, inner, embed)) / inner**0.5,
+        rng.random((tokens, per_token)),
+    ]
+    for w in operands[1:3]:
+        assert np.all(np.abs(x @ w) <= 3.5)
+    ids = np.stack([rng.permutation(experts + 1)[:per_token] for _ in range(tokens)])
+    return operands, ids, rng.standard_normal((tokens, embed))
+
+
+def _stored_as_fp8(rows):
+    return (rows * 2.0**7).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * 2.0**-7
+
+
+def _function(ids, implementation, residuals):
+    ids = jnp.asarray(ids, jnp.int32)
+
+    def run(x, w_gate, w_up, w_down, weights):
+        return grouped_swiglu(
+            x,
+            w_gate,
+            w_up,
+            w_down,
+            ids,
+            weights,
+            implementation=implementation,
+            residuals=residuals,
+        )
+
+    return run
+
+
 def _run(operands, ids, d_y, dtype, implementation=Implementation.XLA):
     *arrays, weights = operands
     arguments = (*(jnp.asarray(a, dtype) for a in arrays), jnp.asarray(weights, jnp.float32))
@@ -44,6 +100,12 @@ def _run(operands, ids, d_y, dtype, implementation=Implementation.XLA):
         return grouped_swiglu(x, w_gate, w_up, w_down, ids, weights, implementation=implementation)
 
     return value_and_gradients(run, arguments, jnp.asarray(d_y, dtype), fixed=(ids,))
+
+
+def _residuals(fn, *arguments):
+    """Shapes of everything that `jax.vjp` of a function keeps, but its arguments."""
+    pull_back = jax.eval_shape(lambda *a: jax.vjp(fn, *a)[1], *arguments)
+    return jax.tree.leaves(pull_back)
 
 
 class GroupedSwigluTest(parameterized.TestCase):
@@ -140,6 +202,60 @@ class GroupedSwigluTest(parameterized.TestCase):
             if " copy(" in line and any(shape in line.split(" copy(")[0] for shape in stacked)
         ]
         self.assertEmpty(copies)
+
+    @parameterized.parameters(*_XLA)
+    def test_gradients_with_fp8_residuals_are_those_of_the_rounded_values(self, implementation):
+        operands, ids, d_y = _inputs_with_exact_scales()
+        run = _function(ids, implementation, ResidualFormat.FP8)
+        arrays = tuple(jnp.asarray(a, jnp.float32) for a in operands)
+        actual = jax.tree.leaves(value_and_gradients(run, arrays, jnp.asarray(d_y, jnp.float32)))
+        expected = swiglu_oracle(operands, ids, d_y, _stored_as_fp8)
+        exact = swiglu_oracle(operands, ids, d_y)
+        for a, b in zip(actual, expected, strict=True):
+            assert_close(a, b, FLOAT32_TOLERANCE)
+        for rounded, not_rounded in zip(expected[1:], exact[1:], strict=True):
+            self.assertGreater(np.max(np.abs(rounded - not_rounded)), 1e-3)
+
+    @parameterized.product(implementation=_XLA, dtype=[jnp.float32, jnp.bfloat16])
+    def test_fp8_residuals_change_no_bit_of_the_result(self, implementation, dtype):
+        operands, ids, d_y = _inputs(cases.TOY["odd_sizes"])
+        *arrays, weights = operands
+        arrays = (*(jnp.asarray(a, dtype) for a in arrays), jnp.asarray(weights, jnp.float32))
+        kept, coded = (
+            value_and_gradients(
+                _function(ids, implementation, residuals), arrays, jnp.asarray(d_y, dtype)
+            )
+            for residuals in (ResidualFormat.COMPUTE, ResidualFormat.FP8)
+        )
+        np.testing.assert_array_equal(kept[0], coded[0])
+        self.assertFalse(np.array_equal(kept[1][1], coded[1][1]))
+
+    @parameterized.product(implementation=_XLA, policy=[None, _KEEP_ALL_NAMED])
+    def test_what_waits_for_the_backward_pass_is_codes_and_scales(self, implementation, policy):
+        case = cases.TOY["several_tiles"]
+        operands, ids, _ = _inputs(case)
+        arrays = [jnp.asarray(a, jnp.bfloat16) for a in operands]
+        for residuals in ResidualFormat:
+            run = _function(ids, implementation, residuals)
+            if policy:
+                run = jax.checkpoint(run, policy=policy)
+            kept = [
+                a
+                for a in _residuals(run, *arrays)
+                if jnp.issubdtype(a.dtype, jnp.floating)
+                and a.ndim > 1
+                and a.shape[0] >= case.tokens
+                and a.shape[-1] >= case.inner
+            ]
+            self.assertNotEmpty(kept)
+            in_fp8 = {a.dtype == jnp.float8_e4m3fn for a in kept}
+            self.assertEqual(in_fp8, {residuals is ResidualFormat.FP8})
+
+    def test_the_reference_keeps_no_fp8(self):
+        operands, ids, _ = _inputs(cases.TOY["one_token"])
+        run = _function(ids, Implementation.REFERENCE, ResidualFormat.FP8)
+        with self.assertRaisesRegex(NotImplementedError, "choose another compute.implementation"):
+            run(*(jnp.asarray(a, jnp.float32) for a in operands))
 
     def test_more_assignments_than_sort_keys_raise(self):
         tokens = 2**28

@@ -1,5 +1,6 @@
 """Invariances of the decoder; its equality with the published model is in hf_parity_test.py."""
 
+import collections
 import dataclasses
 import functools
 
@@ -9,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from kimi_jax.configs.compute import ComputeConfig, ComputeDtype, Remat
+from kimi_jax.configs.compute import (
+    ComputeConfig,
+    ComputeDtype,
+    Implementation,
+    Remat,
+    ResidualFormat,
+)
 from kimi_jax.core import param_spec
 from kimi_jax.model import transformer
 from kimi_jax.parallel import placement
@@ -107,6 +114,38 @@ class TransformerTest(parameterized.TestCase):
             kept, some, none = (temporary_bytes(r) for r in (Remat.NONE, Remat.K2, Remat.FULL))
         self.assertLess(some, kept)
         self.assertLess(none, some)
+
+    @parameterized.parameters(
+        (Remat.K2, Implementation.XLA),
+        (Remat.K2, Implementation.XLA_ACCELERATOR),
+        (Remat.NONE, Implementation.XLA_ACCELERATOR),
+    )
+    def test_fp8_codes_are_kept_instead_of_values_and_not_beside_them(self, remat, implementation):
+        batch = tiny.batch(tiny.mesh(1, 1), rows=2)
+
+        def kept(residuals):
+            choices = dataclasses.replace(
+                _CHOICES,
+                remat=remat,
+                implementation=implementation,
+                feed_forward_residuals=residuals,
+            )
+
+            def pull_back(params):
+                arguments = batch.inputs, batch.positions, batch.segments
+                return jax.vjp(lambda p: _hidden(p, *arguments, choices), params)[1]
+
+            leaves = jax.tree.leaves(jax.eval_shape(pull_back, jax.eval_shape(_params)))
+            shapes = collections.defaultdict(collections.Counter)
+            for leaf in leaves:
+                shapes[leaf.dtype.name][leaf.shape] += 1
+            return shapes
+
+        with jax.set_mesh(tiny.mesh(1, 1)):
+            values, coded = map(kept, ResidualFormat)
+        codes = coded["float8_e4m3fn"]
+        self.assertGreaterEqual(codes.total(), 6)  # of the dense, the shared and the routed part
+        self.assertLessEqual(codes, values["float32"] - coded["float32"])
 
     @parameterized.parameters(0, 3)
     def test_all_blocks_may_be_of_one_kind(self, num_dense_layers):

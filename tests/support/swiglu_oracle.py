@@ -3,8 +3,16 @@
 import numpy as np
 
 
-def swiglu_oracle(operands, ids, d_y):
-    """Returns y and the gradients of (x, w_gate, w_up, w_down, weights)."""
+def _silu(gate):
+    return gate / (1.0 + np.exp(-gate))
+
+
+def swiglu_oracle(operands, ids, d_y, stored=lambda rows: rows):
+    """Returns y and the gradients of (x, w_gate, w_up, w_down, weights).
+
+    The gradients see `stored` of the rows that enter the experts, and of their gate and up
+    products.
+    """
     x, w_gate, w_up, w_down, weights = operands
     y, d_x = np.zeros_like(x), np.zeros_like(x)
     d_gate, d_up, d_down = (np.zeros_like(w) for w in (w_gate, w_up, w_down))
@@ -13,10 +21,11 @@ def swiglu_oracle(operands, ids, d_y):
         token, k = np.nonzero(ids == expert)
         rows, weight, d_rows = x[token], weights[token, k][:, None], d_y[token]
         gate, up = rows @ w_gate[expert], rows @ w_up[expert]
+        np.add.at(y, token, weight * (_silu(gate) * up @ w_down[expert]))
+        rows, gate, up = stored(rows), stored(gate), stored(up)
         sigmoid = 1.0 / (1.0 + np.exp(-gate))
         hidden = gate * sigmoid * up
         out = hidden @ w_down[expert]
-        np.add.at(y, token, weight * out)
         d_weights[token, k] = np.sum(d_rows * out, axis=1)
         d_down[expert] = hidden.T @ (weight * d_rows)
         d_hidden = (weight * d_rows) @ w_down[expert].T

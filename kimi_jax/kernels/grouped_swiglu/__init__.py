@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.configs.compute import Implementation
+from kimi_jax.configs.compute import Implementation, ResidualFormat
 from kimi_jax.kernels.checks import check_same_dtype, check_shapes
 from kimi_jax.kernels.grouped_swiglu import reference, xla, xla_accelerator
 from kimi_jax.kernels.selection import select
@@ -27,6 +27,7 @@ def grouped_swiglu(
     weights: Float[Array, "W K"],
     *,
     implementation: Implementation = Implementation.AUTO,
+    residuals: ResidualFormat = ResidualFormat.COMPUTE,
 ) -> Float[Array, "W D"]:
     """Returns y[t] = sum_k weights[t, k] * f(x[t], expert_ids[t, k]); no assignment is dropped.
 
@@ -40,13 +41,15 @@ def grouped_swiglu(
       expert_ids: chosen experts; one outside [0, E) contributes nothing and costs next to nothing.
       weights: their weights, any floating dtype.
       implementation: which program computes it.
+      residuals: format in which x, x w_gate and x w_up wait for the backward pass, which computes
+        the gradients of the values as they come back from it.
 
     Returns:
       The sums, in the tokens' dtype; sums over experts and inside products are float32.
 
     Raises:
       ValueError: shapes do not fit, or dtypes differ.
-      NotImplementedError: the named implementation does not exist.
+      NotImplementedError: the named implementation does not exist, or not with these residuals.
     """
     check_shapes(
         "grouped_swiglu",
@@ -61,7 +64,7 @@ def grouped_swiglu(
     )
     check_same_dtype("grouped_swiglu", {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down})
     run = select("grouped_swiglu", implementation, _AVAILABLE, _FASTEST)
-    return run(x, w_gate, w_up, w_down, expert_ids, weights)
+    return run(x, w_gate, w_up, w_down, expert_ids, weights, residuals)
 
 
 __all__ = ["grouped_swiglu"]

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.configs.compute import ResidualFormat
+
 
 def grouped_swiglu(
     x: Float[Array, "W D"],
@@ -12,8 +14,14 @@ def grouped_swiglu(
     w_down: Float[Array, "E M D"],
     expert_ids: Int[Array, "W K"],
     weights: Float[Array, "W K"],
+    residuals: ResidualFormat,
 ) -> Float[Array, "W D"]:
-    """Computes what the package's `grouped_swiglu` describes."""
+    """Computes what the package's `grouped_swiglu` describes, with JAX's own backward pass."""
+    if residuals is not ResidualFormat.COMPUTE:
+        raise NotImplementedError(
+            f"grouped_swiglu's 'reference' keeps nothing in {residuals.value!r}; choose another "
+            "compute.implementation, or 'compute' in compute.feed_forward_residuals"
+        )
     tokens, gate, up, down = (a.astype(jnp.float32) for a in (x, w_gate, w_up, w_down))
     chosen = expert_ids[:, :, None] == jnp.arange(w_gate.shape[0])
     combine = jnp.sum(jnp.where(chosen, weights[:, :, None].astype(jnp.float32), 0.0), axis=1)

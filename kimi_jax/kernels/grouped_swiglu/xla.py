@@ -2,14 +2,15 @@
 
 Assignments are sorted by expert. A loop whose length is the number of tiles that exist gathers a
 tile's tokens, multiplies them with its expert's weights and adds the result to the tokens' sums. So
-work follows the assignments that have an expert here. The backward pass is the same loop. Only the
-gate and up products are kept for it, in sorted order; `jax.checkpoint` drops them, too.
+work follows the assignments that have an expert here. The backward pass is the same loop. Tokens,
+and gate and up products in sorted order, are kept for it.
 
 More than one tile is written out in a loop body because XLA on CPUs runs independent products of
 one body at the same time, while the product of one tile is too small for two cores to share. Gate
 and up matrices are put side by side, since one wide product takes less time than two.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.configs.compute import ResidualFormat
 from kimi_jax.kernels import tiles
 from kimi_jax.kernels.products import dot
+from kimi_jax.kernels.residuals import keep, restore
 
 # Measured on two cores with 512 and with 256 rows an expert: smaller tiles multiply slower, larger
 # ones and more of them compute more empty rows.
@@ -60,19 +63,30 @@ class _TileGradients(NamedTuple):
     matrices: tuple[Array, Array]  # of w_gate_up and w_down
 
 
-@jax.custom_vjp
-def _experts(operands: _Operands, expert_ids: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(residuals: ResidualFormat, operands: _Operands, expert_ids: Array) -> Array:
+    del residuals
     return _forward(operands, _plan(operands, expert_ids))[0]
 
 
-def _experts_forward(operands: _Operands, expert_ids: Array):
+def _experts_forward(residuals: ResidualFormat, operands: _Operands, expert_ids: Array):
     plan = _plan(operands, expert_ids)
     y, products = _forward(operands, plan)
-    return y, (operands, plan, products)
+    # Gate and up apart: values that share a scale are of one of them.
+    gate_and_up = products.reshape(len(products), 2, -1)
+    kept = (
+        keep(operands.x, "expert_inputs", residuals),
+        keep(gate_and_up, "expert_gate_and_up", residuals),
+    )
+    return y, (kept, operands._replace(x=None), plan)
 
 
-def _experts_backward(residuals, d_y: Array):
-    return _backward(*residuals, d_y), None
+def _experts_backward(residuals: ResidualFormat, saved, d_y: Array):
+    (tokens, gate_and_up), operands, plan = saved
+    operands = operands._replace(x=restore(tokens, d_y.dtype, residuals))
+    gate_and_up = restore(gate_and_up, F32, residuals)
+    products = gate_and_up.reshape(len(gate_and_up), -1)
+    return _backward(operands, plan, products, d_y), None
 
 
 _experts.defvjp(_experts_forward, _experts_backward)
@@ -85,10 +99,11 @@ def grouped_swiglu(
     w_down: Float[Array, "E M D"],
     expert_ids: Int[Array, "W K"],
     weights: Float[Array, "W K"],
+    residuals: ResidualFormat,
 ) -> Float[Array, "W D"]:
     """Computes what the package's `grouped_swiglu` describes."""
     w_gate_up = jnp.concatenate([w_gate, w_up], axis=2)
-    return _experts(_Operands(x, w_gate_up, w_down, weights), expert_ids)
+    return _experts(residuals, _Operands(x, w_gate_up, w_down, weights), expert_ids)
 
 
 def _plan(operands: _Operands, expert_ids: Array) -> _Plan:

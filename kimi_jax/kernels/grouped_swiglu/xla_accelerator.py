@@ -2,14 +2,28 @@
 
 `jax.lax.ragged_dot` multiplies each expert's rows with its matrix. On TPUs it is a kernel of its
 own whose work follows the rows; on CPUs and GPUs every expert multiplies every row.
+
+The backward pass keeps the sorted rows and their gate and up products. It is one with the whole
+computation: if SwiGLU were differentiated apart, a remat policy that keeps the products' codes
+would have to multiply again for the products themselves.
 """
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from kimi_jax.configs.compute import ResidualFormat
 from kimi_jax.core.sorted_rows import collect, sort_rows, spread
+from kimi_jax.kernels.residuals import keep, restore
+
+
+class _Weights(NamedTuple):
+    gate: Array  # [E, D, M]
+    up: Array  # [E, D, M]
+    down: Array  # [E, M, D]
 
 
 def grouped_swiglu(
@@ -19,6 +33,7 @@ def grouped_swiglu(
     w_down: Float[Array, "E M D"],
     expert_ids: Int[Array, "W K"],
     weights: Float[Array, "W K"],
+    residuals: ResidualFormat,
 ) -> Float[Array, "W D"]:
     """Computes what the package's `grouped_swiglu` describes."""
     num_experts, per_token = w_gate.shape[0], expert_ids.shape[1]
@@ -26,17 +41,62 @@ def grouped_swiglu(
     expert = jnp.where(held_here, expert_ids, num_experts).reshape(-1)  # foreign ones come last
     order = sort_rows(expert)
     sizes = jnp.sum(expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    has_expert = (jnp.arange(expert.size) < jnp.sum(sizes))[:, None]
-
-    def multiply(rows: Array, matrices: Array) -> Array:
-        # The kernel sums in float32 and rounds once; it leaves rows of no expert undefined.
-        return jnp.where(has_expert, jax.lax.ragged_dot(rows, matrices, sizes), 0)
-
-    rows = jnp.where(has_expert, spread(per_token, order, x), 0)
-    rows = checkpoint_name(rows, "expert_inputs")
-    gate = checkpoint_name(multiply(rows, w_gate), "expert_gate")
-    up = checkpoint_name(multiply(rows, w_up), "expert_up")
+    rows = spread(per_token, order, x)
     share = spread(1, order, weights.reshape(-1, 1).astype(jnp.float32))
-    share = jnp.where(has_expert, share, 0.0)
+    y = _experts(residuals, rows, _Weights(w_gate, w_up, w_down), share, sizes)
+    return collect(per_token, order, y)
+
+
+def _zero_without_expert(rows: Array, sizes: Array) -> Array:
+    has_expert = jnp.arange(rows.shape[0]) < jnp.sum(sizes)
+    return jnp.where(has_expert[:, None], rows, 0)
+
+
+def _multiply(rows: Array, matrices: Array, sizes: Array) -> Array:
+    # The kernel sums in float32 and rounds once; it leaves rows of no expert undefined.
+    return _zero_without_expert(jax.lax.ragged_dot(rows, matrices, sizes), sizes)
+
+
+def _gate_up(rows: Array, w_gate: Array, w_up: Array, *, sizes: Array) -> tuple[Array, Array]:
+    rows = _zero_without_expert(rows, sizes)
+    return _multiply(rows, w_gate, sizes), _multiply(rows, w_up, sizes)
+
+
+def _down(gate: Array, up: Array, w_down: Array, share: Array, *, sizes: Array) -> Array:
+    share = _zero_without_expert(share, sizes)
     hidden = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32) * share
-    return collect(per_token, order, multiply(hidden.astype(x.dtype), w_down))
+    return _multiply(hidden.astype(gate.dtype), w_down, sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _experts(
+    residuals: ResidualFormat, rows: Array, weights: _Weights, share: Array, sizes: Array
+) -> Array:
+    """Returns the experts' results for rows sorted by expert, each times its share."""
+    del residuals
+    gate, up = _gate_up(rows, weights.gate, weights.up, sizes=sizes)
+    return _down(gate, up, weights.down, share, sizes=sizes)
+
+
+def _forward(residuals, rows, weights, share, sizes):
+    gate, up = _gate_up(rows, weights.gate, weights.up, sizes=sizes)
+    kept = (
+        keep(rows, "expert_inputs", residuals),
+        keep(gate, "expert_gate", residuals),
+        keep(up, "expert_up", residuals),
+    )
+    y = _down(gate, up, weights.down, share, sizes=sizes)
+    return y, (kept, weights, share, sizes)
+
+
+def _backward(residuals, saved, d_y):
+    kept, weights, share, sizes = saved
+    rows, gate, up = (restore(part, d_y.dtype, residuals) for part in kept)
+    down = functools.partial(_down, sizes=sizes)
+    d_gate, d_up, d_w_down, d_share = jax.vjp(down, gate, up, weights.down, share)[1](d_y)
+    gate_up = functools.partial(_gate_up, sizes=sizes)
+    d_rows, d_w_gate, d_w_up = jax.vjp(gate_up, rows, weights.gate, weights.up)[1]((d_gate, d_up))
+    return d_rows, _Weights(d_w_gate, d_w_up, d_w_down), d_share, None
+
+
+_experts.defvjp(_forward, _backward)

@@ -1,1 +1,0 @@
-"""Numbers stored in fewer bits than they are computed in."""
