@@ -16,9 +16,22 @@ from kimi_jax.core.param_spec import EMBEDDING, HEAD, Leaf, ParamSpec, stack
 from kimi_jax.model import block, norm
 from kimi_jax.model.linear import project
 from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
+from kimi_jax.parallel.collectives import (
+    first_of_tensor_share_per_shard,
+    sum_over_tensor_per_shard,
+)
+from kimi_jax.parallel.per_shard import per_shard
 from kimi_jax.parallel.pipeline import collect_layers, deal_layers, num_stages, pipeline
 from kimi_jax.parallel.placement import cast, to_compute
-from kimi_jax.parallel.rules import BATCH, REPLICATED, STORAGE, TOKENS, here, partition_specs
+from kimi_jax.parallel.rules import (
+    BATCH,
+    COMPUTE,
+    REPLICATED,
+    STORAGE,
+    TOKENS,
+    here,
+    partition_specs,
+)
 
 _LAYER_INPUT = "layer_input"
 # What Remat.K2 keeps of a layer beside its input: the results of attention and of all products but
@@ -124,8 +137,7 @@ def forward(
       Normalised hidden states in the compute dtype, ready for the head, and the statistics, whole
       on every device.
     """
-    tokens = here(TOKENS)
-    inputs = jax.reshard(inputs, tokens)
+    inputs = jax.reshard(inputs, here(TOKENS))
     # Attention needs those of all positions; gathered once, for all layers.
     positions, segments = (jax.reshard(i, here(BATCH)) for i in (positions, segments))
     plan = specs(config)
@@ -133,7 +145,9 @@ def forward(
     end_plan = TransformerParams(plan.embedding, None, None, plan.final_norm, None)
     ends = to_compute(ends, end_plan, choices.dtype.value)
     with jax.named_scope("embedding"):
-        x = ends.embedding.at[inputs].get(out_sharding=tokens)
+        table = partition_specs(plan.embedding, COMPUTE)
+        lookup = per_shard(_look_up_per_shard, in_specs=(table, TOKENS), out_specs=TOKENS)
+        x = lookup(ends.embedding, inputs)
     stacks = []
     for stored, dense in ((params.dense_blocks, True), (params.moe_blocks, False)):
         if stored is not None:
@@ -143,6 +157,17 @@ def forward(
             stacks.append(stats)
     stats = jax.tree.map(lambda leaf: jax.reshard(leaf, REPLICATED), reduce_blocks(stacks))
     return norm.rms_norm(ends.final_norm, x, eps=config.norm_eps), stats
+
+
+def _look_up_per_shard(table: Float[Array, "V D"], ids: Int[Array, "b T"]) -> Float[Array, "b T D"]:
+    """Returns table[ids], the vocabulary split over the tensor axis, which all-reduces.
+
+    Written per device because XLA, in a replica, gathers all rows for the gradient of the table.
+    """
+    own = ids - first_of_tensor_share_per_shard(table.shape[0])
+    is_own = (own >= 0) & (own < table.shape[0])
+    rows = table[jnp.where(is_own, own, 0)]
+    return sum_over_tensor_per_shard(jnp.where(is_own[..., None], rows, 0))
 
 
 def _run_stack(

@@ -78,7 +78,7 @@ def pipeline(
     Args:
       layer: one layer; runs with the pipe axis manual, every other as it is.
       dealt: weights, as `deal_layers` returns them.
-      x: activations, rows split over the pipe axis first.
+      x: activations, rows split over the pipe axis and others.
       row_inputs: what else a layer needs to know of the rows, leaves [B, ...] laid out like x.
       remat: wraps a function so that its backward pass computes it again.
 
@@ -94,8 +94,15 @@ def pipeline(
         axis_names={PIPE},
         check_vma=False,
     )
-    x, stats = run(dealt, x, row_inputs)
-    return x, jax.tree.map(_join_stages, stats)
+    layout = jax.typeof(x).sharding.spec
+    x, stats = run(dealt, *jax.tree.map(_split_by_stage_first, (x, row_inputs)))
+    return jax.reshard(x, layout), jax.tree.map(_join_stages, stats)
+
+
+def _split_by_stage_first(rows: Array) -> Array:
+    """Makes the pipe axis the slowest of those that split the rows, as manual axes have to be."""
+    first, *others = jax.typeof(rows).sharding.spec
+    return jax.reshard(rows, PartitionSpec((PIPE, *(n for n in first if n != PIPE)), *others))
 
 
 def _join_stages(stats: Array) -> Array:

@@ -146,7 +146,8 @@ class MuonTest(parameterized.TestCase):
         self.assertEqual({leaf.dtype for leaf in state.momentum.values()}, {jnp.dtype("float32")})
 
     @parameterized.product(
-        mesh=[(1, 1, 1, 1, 1), (1, 2, 4, 1, 1), (2, 1, 1, 2, 2)], granularity=[FUSED, HEAD]
+        mesh=[(1, 1, 1, 1, 1, 1), (1, 2, 1, 4, 1, 1), (2, 1, 1, 1, 2, 2)],
+        granularity=[FUSED, HEAD],
     )
     def test_mesh_does_not_change_the_update(self, mesh, granularity):
         plan = {
