@@ -8,7 +8,7 @@ ends; that it falls linearly over the 460 B tokens of the anneal, so that this s
 8.7e-6, is inferred. The stage starts from annealed weights, and no program here starts a run from
 the weights of another yet.
 
-Never run, and planned in closed form only: BUILD_NOTES.md has the memory.
+Compiled for the topology, never run. Memory and predicted time stand in BUILD_NOTES.md.
 """
 
 import ml_collections
