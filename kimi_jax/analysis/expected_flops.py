@@ -1,6 +1,7 @@
 """How many operations a training step has to execute, in closed form, to compare programs with."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from kimi_jax.configs.compute import Remat
@@ -9,6 +10,7 @@ from kimi_jax.configs.model import ModelConfig
 from kimi_jax.configs.optimizer import OptimizerConfig, OptimizerName
 from kimi_jax.model.accounting import SWIGLU_MATRICES, FlopsPerToken, flops_per_token
 from kimi_jax.optimizers.matrix_views import count_matrices, matrix_views
+from kimi_jax.parallel.mesh import EXPERT, PIPE
 from kimi_jax.parallel.ragged_exchange import buffer_share
 
 
@@ -31,52 +33,59 @@ class ExpectedFlops:
     newton_schulz: float
 
 
-def expected_flops(config: ExperimentConfig, plan: Any, expert_devices: int = 1) -> ExpectedFlops:
+def expected_flops(config: ExperimentConfig, plan: Any, sizes: Mapping[str, int]) -> ExpectedFlops:
     """Counts the operations of a step.
 
     Args:
       config: the run.
       plan: specs of the parameters.
-      expert_devices: size of the mesh's expert axis.
+      sizes: of the mesh axes.
     """
-    forward = _forward_per_token(config, expert_devices)
+    idle = sizes[PIPE] - 1  # layers that a pipeline computes for nobody, beside the model's own
+    forward = _forward_per_token(config, idle, expert_rows_share(config, sizes[EXPERT]))
     return ExpectedFlops(
         forward=config.batch_tokens * forward.total,
         backward=2 * config.batch_tokens * forward.total,
-        recomputed=config.batch_tokens * _recomputed_per_token(config, forward),
+        recomputed=config.batch_tokens * _recomputed_per_token(config, idle, forward),
         newton_schulz=newton_schulz_flops(config.optimizer, plan),
     )
 
 
-def _forward_per_token(config: ExperimentConfig, expert_devices: int) -> FlopsPerToken:
+def expert_rows_share(config: ExperimentConfig, devices: int) -> float:
+    """Returns the rows that a device's experts compute, as a multiple of an even load.
+
+    On one device there is no exchange, and so no buffer with room for more.
+
+    Args:
+      config: the run.
+      devices: size of the mesh's expert axis.
+    """
+    if devices == 1:
+        return 1.0
+    model = config.model
+    return buffer_share(
+        devices=devices,
+        per_token=model.experts_per_token,
+        held=model.num_routed_experts // devices,
+        capacity=config.compute.exchange_capacity,
+    )
+
+
+def _forward_per_token(config: ExperimentConfig, idle: int, rows_share: float) -> FlopsPerToken:
     """The model's operations, and those of buffers' rows and pipelines' ticks without work."""
     model = config.model
     forward = flops_per_token(model, config.data.sequence_length)
-    of_all, of_mixtures = 1 + _idle(config) / model.num_layers, 1.0
+    of_all, of_mixtures = 1 + idle / model.num_layers, 1.0
     if model.num_moe_layers:
-        of_mixtures += _idle(config) / model.num_moe_layers
-    forward = dataclasses.replace(
+        of_mixtures += idle / model.num_moe_layers
+    return dataclasses.replace(
         forward,
         attention_projections=of_all * forward.attention_projections,
         attention_core=of_all * forward.attention_core,
         shared_experts=of_mixtures * forward.shared_experts,
-        routed_experts=of_mixtures * forward.routed_experts,
+        routed_experts=rows_share * of_mixtures * forward.routed_experts,
         router=of_mixtures * forward.router,
     )
-    if expert_devices == 1:
-        return forward
-    share = buffer_share(
-        devices=expert_devices,
-        per_token=model.experts_per_token,
-        held=model.num_routed_experts // expert_devices,
-        capacity=config.compute.exchange_capacity,
-    )
-    return dataclasses.replace(forward, routed_experts=share * forward.routed_experts)
-
-
-def _idle(config: ExperimentConfig) -> int:
-    """Layers that a pipeline of P stages computes for nobody, P - 1, beside the model's own."""
-    return config.parallel.pipe - 1
 
 
 def newton_schulz_flops(config: OptimizerConfig, plan: Any) -> float:
@@ -97,7 +106,7 @@ def newton_schulz_flops(config: OptimizerConfig, plan: Any) -> float:
     return config.newton_schulz_steps * total
 
 
-def _recomputed_per_token(config: ExperimentConfig, forward: FlopsPerToken) -> float:
+def _recomputed_per_token(config: ExperimentConfig, idle: int, forward: FlopsPerToken) -> float:
     """Counts what is computed a second time, per token.
 
     FULL repeats a layer up to the last product whose result a gradient needs: the down projections
@@ -115,7 +124,7 @@ def _recomputed_per_token(config: ExperimentConfig, forward: FlopsPerToken) -> f
         case Remat.NONE:
             return total
         case Remat.K2:
-            layers = model.num_layers + _idle(config)
+            layers = model.num_layers + idle
             return total + forward.router + 2.0 * layers * _head_matrices(model)
         case Remat.FULL:
             up = (SWIGLU_MATRICES - 1) / SWIGLU_MATRICES

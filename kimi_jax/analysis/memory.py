@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kimi_jax.analysis.expected_flops import expert_rows_share
 from kimi_jax.configs.compute import Remat, ResidualFormat
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.core import precision
@@ -22,7 +23,6 @@ from kimi_jax.optimizers.muon_clip import ADAMW, MUON, label_parameters
 from kimi_jax.parallel import rules
 from kimi_jax.parallel.collectives import CHUNK_VALUES
 from kimi_jax.parallel.mesh import CONTEXT, EXPERT, MESH_AXES, PIPE, TENSOR
-from kimi_jax.parallel.ragged_exchange import buffer_share
 
 STATE = "all the time"
 LAYERS = "layers"  # their backward pass, when the most is kept
@@ -91,7 +91,7 @@ def mesh_sizes(data: int, expert: int, **others: int) -> dict[str, int]:
 
 
 def estimate(config: ExperimentConfig, sizes: Mapping[str, int]) -> tuple[Term, ...]:
-    """Lists what one device keeps.
+    """Lists what one device keeps; what a run does not have is left out.
 
     Args:
       config: the run.
@@ -113,7 +113,8 @@ def estimate(config: ExperimentConfig, sizes: Mapping[str, int]) -> tuple[Term, 
         ("logits of a chunk and their gradient", (LOSS,), _logits),
         ("updates on their way through Newton-Schulz", (UPDATE,), _newton_schulz),
     )
-    return tuple(Term(name, phases, count(setting)) for name, phases, count in terms)
+    counted = (Term(name, phases, count(setting)) for name, phases, count in terms)
+    return tuple(term for term in counted if term.bytes)
 
 
 def peak(terms: tuple[Term, ...]) -> int:
@@ -262,17 +263,8 @@ def _kept_feed_forward(setting: _Setting) -> int:
 
 def _expert_rows(setting: _Setting) -> int:
     """Rows that a device's experts compute: W K, or as many as its exchange buffer holds."""
-    model, devices = setting.config.model, setting.sizes[EXPERT]
-    even = setting.tokens * model.experts_per_token
-    if devices == 1:
-        return even
-    share = buffer_share(
-        devices=devices,
-        per_token=model.experts_per_token,
-        held=model.num_routed_experts // devices,
-        capacity=setting.config.compute.exchange_capacity,
-    )
-    return math.ceil(share * even)
+    even = setting.tokens * setting.config.model.experts_per_token
+    return math.ceil(expert_rows_share(setting.config, setting.sizes[EXPERT]) * even)
 
 
 def _layer_activations(setting: _Setting) -> int:

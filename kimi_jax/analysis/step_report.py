@@ -14,7 +14,6 @@ from kimi_jax.analysis.expected_flops import expected_flops
 from kimi_jax.analysis.scopes import BACKWARD, FORWARD, RECOMPUTED
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.model.accounting import train_flops_per_step
-from kimi_jax.parallel.mesh import EXPERT
 from kimi_jax.parallel.topologies import spans_network, torus_dimensions
 
 Bandwidths = dict[tuple[str, ...], float]
@@ -139,7 +138,7 @@ def flops(
             names = scope.name.split("/")
             kind = NEWTON_SCHULZ if NEWTON_SCHULZ in names else scope.phase
             counted[OPTIMIZER if kind == FORWARD and OPTIMIZER in names else kind] += part.flops
-    expected = dataclasses.asdict(expected_flops(config, plan, mesh.shape[EXPERT]))
+    expected = dataclasses.asdict(expected_flops(config, plan, mesh.shape))
     table = {
         kind: {
             "counted": counted[kind] / len(programs),

@@ -6,13 +6,18 @@ from absl.testing import absltest, parameterized
 
 from kimi_jax.analysis.compiled_program import read_program
 from kimi_jax.analysis.expected_flops import expected_flops, newton_schulz_flops
+from kimi_jax.analysis.memory import mesh_sizes
 from kimi_jax.configs.compute import Remat
 from kimi_jax.configs.optimizer import MatrixGranularity, OptimizerName
-from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.model import transformer
 from kimi_jax.model.accounting import flops_per_token, train_flops_per_step
 from kimi_jax.optimizers.newton_schulz import newton_schulz
 from tests.support import tiny
+
+
+def _expected(config, expert=1, **others):
+    sizes = mesh_sizes(1, expert, **others)
+    return expected_flops(config, transformer.specs(config.model), sizes)
 
 
 class NewtonSchulzFlopsTest(parameterized.TestCase):
@@ -56,7 +61,7 @@ class NewtonSchulzFlopsTest(parameterized.TestCase):
 class ExpectedFlopsTest(absltest.TestCase):
     def _expect(self, **compute):
         config = tiny.experiment(compute=compute)
-        return config, expected_flops(config, transformer.specs(config.model))
+        return config, _expected(config)
 
     def test_forward_and_backward_are_the_models(self):
         config, expected = self._expect()
@@ -68,18 +73,15 @@ class ExpectedFlopsTest(absltest.TestCase):
         config, even = self._expect(exchange_capacity=1.0)
         _, roomy = self._expect(exchange_capacity=1.5)
         self.assertEqual(even.forward, roomy.forward)  # one device exchanges nothing
-        plan = transformer.specs(config.model)
-        roomy = expected_flops(
-            tiny.experiment(compute={"exchange_capacity": 1.5}), plan, expert_devices=4
-        )
+        config = tiny.experiment(compute={"exchange_capacity": 1.5})
+        roomy = _expected(config, expert=4)
         of_experts = flops_per_token(config.model, tiny.LENGTH).routed_experts
         added = 0.5 * config.batch_tokens * of_experts
         self.assertAlmostEqual(roomy.forward - even.forward, added, delta=1e-6 * added)
 
     def test_a_pipeline_computes_as_many_layers_for_nobody_as_it_has_stages_but_one(self):
         config, alone = self._expect()
-        config = dataclasses.replace(config, parallel=ParallelConfig(pipe=2))
-        piped = expected_flops(config, transformer.specs(config.model))
+        piped = _expected(config, pipe=2)
         # The tiny model has two mixture blocks and a dense one, all with the same attention.
         parts = flops_per_token(config.model, tiny.LENGTH)
         mixture = (parts.shared_experts + parts.routed_experts + parts.router) / 2
