@@ -42,10 +42,10 @@ def run(weights, x, shift, remat):
     return pipeline(layer, deal_layers(weights), x, shift, remat=remat)
 
 
-def run_on(mesh, remat):
+def run_on(mesh, remat, layout=TOKENS):
     weights, x, shift = inputs()
     with jax.set_mesh(mesh):
-        x, shift = (jax.device_put(leaf, jax.NamedSharding(mesh, TOKENS)) for leaf in (x, shift))
+        x, shift = (jax.device_put(leaf, jax.NamedSharding(mesh, layout)) for leaf in (x, shift))
         return num_stages(), jax.device_get(run(weights, x, shift, remat))
 
 
@@ -60,6 +60,12 @@ class PipelineTest(parameterized.TestCase):
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
         self.assertEqual(maxima.shape, (LAYERS, stages, ROWS // stages))
         np.testing.assert_allclose(maxima.reshape(LAYERS, ROWS), wanted_maxima, rtol=1e-5)
+
+    @parameterized.parameters((P("pipe"),), (P("data"),), (P(),))
+    def test_rows_may_be_split_over_one_axis_or_none(self, layout):
+        mesh = tiny.mesh(2, 1, pipe=2)
+        _, (y, _) = run_on(mesh, jax.checkpoint, layout)
+        np.testing.assert_allclose(y, loop(*inputs())[0], rtol=1e-5, atol=1e-6)
 
     @parameterized.parameters((P(), P()), (P(None, ("data", "pipe")), P(None, "pipe", "data")))
     def test_layers_are_dealt_one_to_each_stage_in_turn_and_collected(self, stored, dealt):
