@@ -45,7 +45,7 @@ def _straight_through_forward(carrier: Array, values: Array):
     return values, jnp.zeros((), carrier.dtype)
 
 
-def _straight_through_backward(like: Array, gradient: Array):
+def _straight_through_backward(like, gradient):
     return gradient.astype(like.dtype), None
 
 
