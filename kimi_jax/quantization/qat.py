@@ -87,13 +87,21 @@ def attach(params: Any, quantized: Any) -> Any:
       params: parameters; they keep their gradients.
       quantized: a tree like theirs of quantised weights, None for those that are not; None for all.
     """
+    return _put(quantized, params, FakeQuantized)
+
+
+def substitute(params: Any, quantized: Any) -> Any:
+    """Puts quantised weights in the place of parameters: for a model that is trained no more."""
+    return _put(quantized, params, lambda weight, values: values)
+
+
+def _put(quantized: Any, params: Any, join: Callable[[Any, Any], Any]) -> Any:
     if quantized is None:
         return params
     nodes = (*(quantizer.weight for quantizer in QUANTIZERS.values()), QuantizedOnUse)
-
-    def join(values: Any, weight: Any) -> Any:
-        return weight if values is None else FakeQuantized(carrier=weight, quantized=values)
-
     return jax.tree.map(
-        join, quantized, params, is_leaf=lambda node: node is None or isinstance(node, nodes)
+        lambda values, weight: weight if values is None else join(weight, values),
+        quantized,
+        params,
+        is_leaf=lambda node: node is None or isinstance(node, nodes),
     )
