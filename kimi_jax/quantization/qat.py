@@ -9,7 +9,7 @@ from flax import struct
 
 from kimi_jax.configs.quantization import QuantizationConfig, WeightFormat
 from kimi_jax.core.errors import require
-from kimi_jax.core.param_spec import MATRIX, ParamSpec, is_spec, map_specs
+from kimi_jax.core.param_spec import MATRIX, ParamSpec, is_spec, map_specs, named_specs
 from kimi_jax.core.trees import leaf_names
 from kimi_jax.quantization import int4
 from kimi_jax.quantization.fake_quant import FakeQuantized
@@ -77,6 +77,17 @@ def _check(spec: ParamSpec, name: str, config: QuantizationConfig) -> None:
         spec.shape[-2] % config.group_size == 0,
         f"quantization.group_size ({config.group_size}) must divide the {spec.shape[-2]} inputs "
         f"of {name}",
+    )
+
+
+def describe(plan: Any, config: QuantizationConfig) -> str:
+    """Says in a line what a run rounds."""
+    chosen = jax.tree.leaves(choose(plan, config))
+    sizes = [spec.size for _, spec in named_specs(plan)]
+    values = sum(size for size, flag in zip(sizes, chosen, strict=True) if flag)
+    return (
+        f"{values:,} of {sum(sizes):,} parameters in {config.format.value}, groups of "
+        f"{config.group_size}, from step {config.start_step}"
     )
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from kimi_jax.configs import convert
 from kimi_jax.configs.experiment import ExperimentConfig
-from kimi_jax.configs.quantization import Quantize, WeightFormat
+from kimi_jax.configs.quantization import QuantizationConfig, Quantize
 from kimi_jax.core.errors import require
 from kimi_jax.model import transformer
 from kimi_jax.parallel import offload, quantized
@@ -41,7 +41,7 @@ def pack(
       config: the run; `config.quantization` says what is rounded.
     """
     plan, dtype = transformer.specs(config.model), config.compute.dtype.value
-    options = config.at_step(config.training.num_steps).quantization
+    options = config.quantization
     require(
         options.enabled,
         f"quantization.format is {options.format.value!r}: there is nothing to pack; a run trains "
@@ -88,8 +88,7 @@ def load_packed(
     like = abstract_packed(config, mesh)
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(folder / _WEIGHTS, like)
-    plain = dataclasses.replace(config.quantization, format=WeightFormat.COMPUTE)
-    return dataclasses.replace(config, quantization=plain), params
+    return dataclasses.replace(config, quantization=QuantizationConfig()), params
 
 
 def abstract_packed(config: ExperimentConfig, mesh: Mesh) -> transformer.TransformerParams:

@@ -65,7 +65,7 @@ class PackedTest(parameterized.TestCase):
         with jax.set_mesh(tiny.mesh(1, 1)):
             params = _parameters()
             with self.assertRaisesRegex(ConfigError, "nothing to pack"):
-                packed.save_packed(self.folder, params, _config(format=WeightFormat.COMPUTE))
+                packed.save_packed(self.folder, params, tiny.experiment())
             self.folder.mkdir()
             with self.assertRaisesRegex(ConfigError, "exists; name a folder"):
                 packed.save_packed(self.folder, params, _config())
