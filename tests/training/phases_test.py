@@ -19,7 +19,8 @@ class PhasesTest(absltest.TestCase):
             return compiled[-1]
 
         with mock.patch.object(phases, "compile_train_step", compile_train_step):
-            return phases.compile_phases(config, None, None, first_step=first_step), compiled
+            run = phases.compile_phases(config, None, tiny.mesh(1, 1), first_step=first_step)
+        return run, compiled
 
     def test_a_run_changes_its_program_at_the_first_step_that_rounds(self):
         options = {"format": WeightFormat.INT4, "start_step": _START}
