@@ -74,10 +74,10 @@ def main() -> None:
     console = Console()
     console.print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     checks = [row for name, kernel in kernels.items() for row in check(name, kernel)]
-    console.print(_table("largest error / largest value", checks))
+    _print(console, "largest error, as a share of the largest value", checks)
     lines = [line for name, kernel in kernels.items() for line in measurements(name, kernel)]
     results = measure(lines, console)
-    console.print(_table("time", results))
+    _print(console, "time of a call", results)
     if _JSON.value:
         found = {"device": jax.devices()[0].device_kind, "checks": checks, "times": results}
         pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
@@ -245,12 +245,15 @@ def _error(found: jax.Array, expected: jax.Array) -> float:
     return float(np.max(np.abs(found - expected), initial=0.0) / largest)
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*names, title=title)
-    for row in rows:
-        table.add_row(*(_cell(row.get(name, "")) for name in names))
-    return table
+def _print(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """Prints a table for each kernel."""
+    for kernel, of_kernel in itertools.groupby(rows, key=lambda row: row["kernel"]):
+        of_kernel = list(of_kernel)
+        names = [name for name in dict.fromkeys(itertools.chain(*of_kernel)) if name != "kernel"]
+        table = Table(*names, title=f"{kernel}: {title}")
+        for row in of_kernel:
+            table.add_row(*(_cell(row.get(name, "")) for name in names))
+        console.print(table)
 
 
 def _cell(value: Any) -> str:
