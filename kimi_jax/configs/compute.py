@@ -35,6 +35,8 @@ class Implementation(enum.Enum):
     AUTO = "auto"  # the fastest for the platform
     XLA = "xla"  # plain XLA, shaped for CPUs
     XLA_ACCELERATOR = "xla_accelerator"  # plain XLA, in products as large as TPUs and GPUs like
+    PALLAS_TPU = "pallas_tpu"  # this project's own kernels for TPUs
+    PALLAS_GPU = "pallas_gpu"  # and for GPUs of Hopper's generation
     REFERENCE = "reference"  # the shortest correct program; slow, for tests
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.core.platform import target_platform
 
+_PLATFORM = {Implementation.PALLAS_TPU: "tpu", Implementation.PALLAS_GPU: "gpu"}
+
 
 def select(
     kernel: str,
@@ -23,7 +25,8 @@ def select(
       fastest: by platform, what AUTO takes; XLA where the platform is not named.
 
     Raises:
-      NotImplementedError: the named implementation does not exist for this operation.
+      NotImplementedError: the named implementation does not exist for this operation, or does not
+        run on the platform.
     """
     chosen = implementation
     if implementation is Implementation.AUTO:
@@ -33,5 +36,11 @@ def select(
         raise NotImplementedError(
             f"{kernel} has no implementation {chosen.value!r}; choose 'auto' or one of {names} in "
             "compute.implementation"
+        )
+    needed = _PLATFORM.get(chosen, target_platform())
+    if needed != target_platform():
+        raise NotImplementedError(
+            f"{kernel}: {chosen.value!r} runs on a {needed.upper()}, and this program is for a "
+            f"{target_platform().upper()}; choose 'auto' in compute.implementation"
         )
     return available[chosen]

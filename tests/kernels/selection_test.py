@@ -25,6 +25,11 @@ class SelectTest(absltest.TestCase):
         with self.assertRaisesRegex(NotImplementedError, "op has no implementation 'reference'"):
             select("op", Implementation.REFERENCE, {Implementation.XLA: len}, {})
 
+    def test_kernels_for_another_platform_raise_with_the_reason(self):
+        available = {Implementation.XLA: len, Implementation.PALLAS_TPU: sum}
+        with self.assertRaisesRegex(NotImplementedError, "runs on a TPU, and this .* for a CPU"):
+            select("op", Implementation.PALLAS_TPU, available, {})
+
 
 if __name__ == "__main__":
     absltest.main()
