@@ -141,8 +141,12 @@ def product(
     reads = 1 if grid[1] == 1 else grid[0]
     moved = reads * x.nbytes + sum(a.nbytes for a in stored) + rows * outputs * x.dtype.itemsize
 
+    waits = grid[1] > 1
+
     def kernel(x_ref, *refs):
-        _kernel(x_ref, refs[:-2], *refs[-2:], make=make, transposed=transposed)
+        stored_refs, rest = refs[: len(stored)], refs[len(stored) :]
+        run = _make_once if waits else _make_and_multiply
+        run(x_ref, stored_refs, *rest, make=make, transposed=transposed)
 
     return pl.pallas_call(
         kernel,
@@ -150,7 +154,7 @@ def product(
         in_specs=[pl.BlockSpec((tiles.rows, contracted), lambda n, m: (m, 0)), *blocks],
         out_specs=pl.BlockSpec((tiles.rows, tiles.outputs), lambda n, m: (m, n)),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), x.dtype),
-        scratch_shapes=[pltpu.VMEM(shape, x.dtype)],
+        scratch_shapes=[pltpu.VMEM(shape, x.dtype)] if waits else [],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=vmem_bytes(target_chip()),
@@ -171,26 +175,32 @@ def _stored_block(
     return pl.BlockSpec(block, (lambda n, m: (n, 0)) if transposed else (lambda n, m: (0, n)))
 
 
-def _kernel(x_ref, stored_refs, y_ref, weight_ref, *, make, transposed) -> None:
-    """Makes the tile of the weight for the first tile of rows; multiplies each tile of rows."""
+def _make_and_multiply(x_ref, stored_refs, y_ref, *, make, transposed) -> None:
+    """Makes the tile of the weight for the only tile of rows, without storing it."""
+    weight = make(*(ref[...] for ref in stored_refs))
+    y_ref[...] = _multiply(x_ref[...], weight, transposed)
 
-    def multiply():
-        x = x_ref[...]
-        exact = x.dtype == jnp.float32
-        y = jax.lax.dot_general(
-            x,
-            weight_ref[...],
-            (((1,), (1 if transposed else 0,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST if exact else None,
-            preferred_element_type=jnp.float32,
-        )
-        y_ref[...] = y.astype(y_ref.dtype)
+
+def _make_once(x_ref, stored_refs, y_ref, weight_ref, *, make, transposed) -> None:
+    """Makes the tile of the weight for the first tile of rows; multiplies each tile of rows."""
 
     @pl.when(pl.program_id(1) == 0)
     def _():
         weight_ref[...] = make(*(ref[...] for ref in stored_refs))
-        multiply()
+        y_ref[...] = _multiply(x_ref[...], weight_ref[...], transposed)
 
     @pl.when(pl.program_id(1) > 0)
     def _():
-        multiply()
+        y_ref[...] = _multiply(x_ref[...], weight_ref[...], transposed)
+
+
+def _multiply(x: Array, weight: Array, transposed: bool) -> Array:
+    exact = x.dtype == jnp.float32
+    y = jax.lax.dot_general(
+        x,
+        weight,
+        (((1,), (1 if transposed else 0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype)
