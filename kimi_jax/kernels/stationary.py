@@ -45,7 +45,7 @@ class Shape(NamedTuple):
     rows: int
     contracted: int
     outputs: int
-    stored_bytes: float
+    stored_bytes: int
 
 
 def computes_in_bfloat16(chip: str | None) -> bool:
@@ -87,7 +87,7 @@ def vmem_bytes(chip: str | None) -> int:
     return _VMEM_BYTES.get(chip or "", _LEAST_VMEM_BYTES)
 
 
-def _vmem(shape: Shape, tiles: Tiles) -> float:
+def _vmem(shape: Shape, tiles: Tiles) -> int:
     """Bytes of blocks, two of each that is streamed, of the made weight and of the sums."""
     streamed = 2 * (tiles.rows * shape.contracted + tiles.rows * tiles.outputs)
     stored = shape.stored_bytes * tiles.outputs
