@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from kimi_jax.core.platform import target_chip
+from kimi_jax.kernels import tile_table
 
 LANES = 128
 _ROWS_OF_A_VECTOR = 16  # of bfloat16
@@ -80,6 +81,15 @@ def by_rule(shape: Shape, chip: str | None) -> Tiles:
     if not fitting:
         return Tiles(_ROWS_OF_A_VECTOR, LANES)
     return max(fitting, key=lambda tiles: (min(tiles.outputs, 512) * tiles.rows, -tiles.outputs))
+
+
+def choose(name: str, sizes: dict[str, int], shape: Shape) -> Tiles:
+    """Returns the tabulated tiles of a kernel, unless they are made for quite other rows."""
+    found = tile_table.tiles(name, **sizes)
+    one_tile = up_to_multiple(shape.rows, _ROWS_OF_A_VECTOR)
+    if found is None or found["rows"] < min(_ROWS[0], one_tile):
+        return by_rule(shape, target_chip())
+    return Tiles(min(found["rows"], one_tile), found["outputs"])
 
 
 def vmem_bytes(chip: str | None) -> int:

@@ -40,7 +40,7 @@ def _kernel(exit_test=10):
             " 0x1fa PF: > { %9 = nop } /* Start/End empty region 28 */",
             f" 0x1fb   : > {{ %p16_p10 = {loop} }}",
             " 0x1fc   : > { %18 = sbr.rel (!%p16_p10) target = $region86 }",
-            " 0x200   :  { %1 = vsyncpa [#a4], 1 } /* exit bundle: %my_kernel.1 = custom-call(%x) */",
+            " 0x200   :  { %1 = vsyncpa [#a], 1 } /* exit bundle: %my_kernel.1 = custom-call() */",
         ]
     )
 

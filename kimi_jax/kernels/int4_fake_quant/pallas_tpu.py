@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import stationary, tile_table
+from kimi_jax.kernels import stationary
 from kimi_jax.kernels.int4_fake_quant import cases
 from kimi_jax.kernels.int4_fake_quant.cases import Case
 from kimi_jax.kernels.products import dot
@@ -104,9 +104,7 @@ def _product(
     outputs = up_to_multiple(outputs, LANES)
     contracted, results = (outputs, inputs) if transposed else (inputs, outputs)
     if tiles is None:
-        found = tile_table.tiles(name, **sizes)
-        shape = _shape(x.shape[0], contracted, results)
-        tiles = Tiles(**found) if found else stationary.by_rule(shape, target_chip())
+        tiles = stationary.choose(name, sizes, _shape(x.shape[0], contracted, results))
     rows = up_to_multiple(x.shape[0], tiles.rows)
     y = stationary.product(
         stationary.pad(x, rows, contracted),

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import stationary, tile_table
+from kimi_jax.kernels import stationary
 from kimi_jax.kernels.int4_matmul import cases
 from kimi_jax.kernels.int4_matmul.cases import Case
 from kimi_jax.kernels.stationary import LANES, Shape, Tiles, up_to_multiple
@@ -89,9 +89,7 @@ def _product(
     outputs = up_to_multiple(outputs, LANES)
     contracted, results = (outputs, inputs) if transposed else (inputs, outputs)
     if tiles is None:
-        found = tile_table.tiles(name, **sizes)
-        shape = _shape(x.shape[0], contracted, results)
-        tiles = Tiles(**found) if found else stationary.by_rule(shape, target_chip())
+        tiles = stationary.choose(name, sizes, _shape(x.shape[0], contracted, results))
     rows = up_to_multiple(x.shape[0], tiles.rows)
     y = stationary.product(
         stationary.pad(x, rows, contracted),
