@@ -7,15 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kimi_jax.kernels.int4_fake_quant import cases as fake_quant_cases
-from kimi_jax.kernels.int4_fake_quant import int4_fake_quant
-from kimi_jax.kernels.int4_matmul import cases as int4_cases
-from kimi_jax.kernels.int4_matmul import int4_matmul
 from kimi_jax.kernels.mla_decode import cases as decode_cases
 from kimi_jax.kernels.mla_decode import mla_decode
 
 from kimi_jax.kernels.grouped_matmul import cases as grouped_cases
 from kimi_jax.kernels.grouped_matmul import grouped_matmul
+from kimi_jax.kernels.int4_fake_quant import cases as fake_quant_cases
+from kimi_jax.kernels.int4_fake_quant import int4_fake_quant
+from kimi_jax.kernels.int4_matmul import cases as int4_cases
+from kimi_jax.kernels.int4_matmul import int4_matmul
 from kimi_jax.kernels.mla_attention import cases as attention_cases
 from kimi_jax.kernels.mla_attention import mla_attention
 from kimi_jax.quantization.fake_quant import dense
