@@ -1,5 +1,6 @@
 """Gradients of a batch computed in micro-batches, equal to those of the batch at once."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,9 @@ from kimi_jax.parallel.replicas import (
 )
 
 Parts = dict[str, jax.Array]
-# (params, micro-batch, weight of the whole batch)
-#   -> (the micro-batch's share of the batch's loss, (named parts of it, statistics))
-LossFunction = Callable[[Any, Any, jax.Array], tuple[jax.Array, tuple[Parts, ModelStats]]]
+# Takes parameters, a micro-batch, and constants; returns the micro-batch's share of the batch's
+# loss, and with it (named parts of the share, statistics).
+LossFunction = Callable[[Any, Any, Any], tuple[jax.Array, tuple[Parts, ModelStats]]]
 
 
 def split_micro_batches(batch: Any, count: int) -> Any:
@@ -40,45 +41,50 @@ def split_micro_batches(batch: Any, count: int) -> Any:
 
 
 def accumulate(
-    loss_fn: LossFunction, params: Any, micro_batches: Any, total_weight: jax.Array
+    loss_fn: LossFunction, params: Any, micro_batches: Any, constants: Any
 ) -> tuple[Any, Parts, ModelStats]:
     """Sums losses and gradients over micro-batches and merges their statistics.
 
     Exact token weighting is the loss function's part: it divides by the weight of the whole batch,
-    so that shares add up whatever the micro-batches hold. Replicas compute apart, and add up what
-    they have after the last micro-batch.
+    one of the constants, so that shares add up whatever the micro-batches hold. Replicas compute
+    apart, and add up what they have after the last micro-batch.
 
     Args:
       loss_fn: see `LossFunction`; its shares and parts are added, its statistics merged each by
         its declared reduction (maxima stay maxima).
       params: differentiated.
       micro_batches: leaves with a leading axis of micro-batches.
-      total_weight: of all tokens of all micro-batches.
+      constants: what the loss depends on beside, the same for all micro-batches.
 
     Returns:
       Gradients in float32, the parts of the loss, the statistics.
     """
+    shared = (params, constants)
+    if num_replicas() == 1:
+        return _accumulate(loss_fn, shared, micro_batches)
+    run = in_replicas(functools.partial(_accumulate_and_agree, loss_fn))
+    return run(shared, micro_batches)
 
-    def of_own_rows(shared: tuple[Any, jax.Array], rows: Any) -> tuple[Any, Parts, ModelStats]:
-        return _accumulate(loss_fn, *shared, rows)
 
-    def of_all_rows(shared: tuple[Any, jax.Array], rows: Any) -> tuple[Any, Parts, ModelStats]:
-        gradients, parts, stats = of_own_rows(shared, rows)
-        summed = jax.tree.map(sum_over_replicas, (gradients, parts))
-        combine = {"sum": sum_over_replicas, "max": max_over_replicas}
-        return *summed, model_stats.reduce_with(combine, stats)
-
-    run = of_own_rows if num_replicas() == 1 else in_replicas(of_all_rows)
-    return run((params, total_weight), micro_batches)
+def _accumulate_and_agree(
+    loss_fn: LossFunction, shared: tuple[Any, Any], micro_batches: Any
+) -> tuple[Any, Parts, ModelStats]:
+    """Accumulates a replica's own rows, and brings all replicas' results together once."""
+    gradients, parts, stats = _accumulate(loss_fn, shared, micro_batches)
+    summed = jax.tree.map(sum_over_replicas, (gradients, parts))
+    combine = {"sum": sum_over_replicas, "max": max_over_replicas}
+    return *summed, model_stats.reduce_with(combine, stats)
 
 
 def _accumulate(
-    loss_fn: LossFunction, params: Any, total_weight: jax.Array, micro_batches: Any
+    loss_fn: LossFunction, shared: tuple[Any, Any], micro_batches: Any
 ) -> tuple[Any, Parts, ModelStats]:
+    """Accumulates over micro-batches; `shared` are the parameters and the constants."""
+    params, constants = shared
     gradient_fn = jax.grad(loss_fn, has_aux=True)
 
     def compute(micro_batch: Any) -> tuple[Any, Parts, ModelStats]:
-        gradients, (parts, stats) = gradient_fn(params, micro_batch, total_weight)
+        gradients, (parts, stats) = gradient_fn(params, micro_batch, constants)
         return precision.cast_floats(gradients, precision.MASTER), parts, stats
 
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
