@@ -1,11 +1,11 @@
 """Attention in Pallas for TPUs: blocks in VMEM, float32 softmax, nothing per pair in HBM.
 
-Grid of every kernel: sequences, heads, and the cells of the causal triangle, folded to a rectangle
-(`tpu_cells.Folded`) so that no step is spent above the diagonal. Cells whose documents do not meet
-are skipped; cells whose pairs are all visible take a path without masks.
+Grid of every kernel: sequences, heads, and the causal triangle of panels, folded to a rectangle
+(`pallas_tpu_cells.Folded`) so that no step is spent above the diagonal. In a panel, cells whose
+documents do not meet are skipped; cells whose pairs are all visible take a path without masks.
 
-Bytes: queries, outputs and their gradients cross HBM once; keys and values once for each block of
-queries (forward), queries once for each block of keys (backward). Of a query, one float32 (the log
+Bytes: queries, outputs and their gradients cross HBM once; keys and values once for each panel of
+queries (forward), queries once for each panel of keys (backward). Of a query, one float32 (the log
 of its sum) is kept for the backward pass beside its output.
 
 Invariant: the diagonal's cell is a query's last forward, so that a query sees itself before its
@@ -22,9 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.core.platform import target_chip
 from kimi_jax.kernels import tile_table
-from kimi_jax.kernels.mla_attention.tpu_backward import Kept, backward
-from kimi_jax.kernels.mla_attention.tpu_cells import F32, VMEM_MIB, Operands
-from kimi_jax.kernels.mla_attention.tpu_forward import forward
+from kimi_jax.kernels.mla_attention.pallas_tpu_backward import Kept, backward
+from kimi_jax.kernels.mla_attention.pallas_tpu_cells import F32, VMEM_MIB, Operands
+from kimi_jax.kernels.mla_attention.pallas_tpu_forward import forward
 
 _LANES = 128
 _BLOCK = 512  # positions, where no table says otherwise
@@ -41,25 +41,37 @@ def mla_attention(
     segments: Int[Array, "B T"],
     *,
     scale: float,
-    tiles: dict[str, int] | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B N"]]:
-    """Computes what the package's `mla_attention` describes.
-
-    Args:
-      tiles: positions by name; `panel` is a multiple of `forward_queries`, `forward_keys`,
-        `backward_queries` and `backward_keys`, the blocks. The tabulated ones where None.
-      interpret: whether to run on a CPU, for tests.
+    """Computes what the package's `mla_attention` describes; `interpret` runs it on a CPU.
 
     Raises:
-      ValueError: the scale is not positive; the running maximum is one of logits before scaling.
+      ValueError: the scale is not positive: the running maximum is one of logits before scaling.
+    """
+    operands = (q_nope, q_rope, k_nope, k_rope, value, segments)
+    tiles = default_tiles(value.shape[1], q_nope.shape[-1], q_rope.shape[-1], value.shape[-1])
+    return attend(operands, scale=scale, tiles=tiles, interpret=interpret)
+
+
+def attend(
+    operands: tuple[Array, ...], *, scale: float, tiles: dict[str, int], interpret: bool = False
+) -> tuple[Float[Array, "B T N U"], Float[Array, "B N"]]:
+    """Is `mla_attention` with tiles of one's own choice.
+
+    Args:
+      operands: those of `mla_attention`, in order.
+      scale: likewise.
+      tiles: positions of `forward_queries`, `forward_keys`, `backward_queries` and
+        `backward_keys`, the blocks that meet in a cell; of a `panel`, a multiple of each, of which
+        several wait in VMEM; and `vmem_mib`, the memory there.
+      interpret: whether to run on a CPU.
     """
     if scale <= 0:
         raise ValueError(f"mla_attention: scale must be positive, got {scale}")
+    q_nope, q_rope, k_nope, k_rope, value, segments = operands
     positions = value.shape[1]
-    tiles = tiles or default_tiles(positions, q_nope.shape[-1], q_rope.shape[-1], value.shape[-1])
     padding = -positions % tiles["panel"]
-    operands = Operands(
+    padded = Operands(
         q_nope=_pad(q_nope.transpose(0, 2, 3, 1), 3, padding),
         q_rope=_pad(q_rope.transpose(0, 2, 3, 1), 3, padding),
         k_nope=_pad(k_nope.transpose(0, 2, 1, 3), 2, padding),
@@ -68,7 +80,7 @@ def mla_attention(
         # Padded positions come last, so that no query sees them, and see only each other.
         segments=_pad(segments[:, None], 2, padding, fill=-1),
     )
-    out, largest = _attend(operands, scale, tuple(tiles.items()), interpret)
+    out, largest = _attend(padded, scale, tuple(tiles.items()), interpret)
     max_logit = jnp.max(largest[:, :, 0, :positions], axis=2)
     return out[:, :, :positions].transpose(0, 2, 1, 3), max_logit
 

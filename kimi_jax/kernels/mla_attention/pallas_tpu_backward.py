@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from kimi_jax.kernels.mla_attention.tpu_cells import (
+from kimi_jax.kernels.mla_attention.pallas_tpu_cells import (
     F32,
     LOG2_E,
     Cells,
@@ -30,9 +30,9 @@ from kimi_jax.kernels.mla_attention.tpu_cells import (
 class Kept(NamedTuple):
     """What the backward pass reads beside the operands."""
 
-    d_out: Float[Array, "B N T U"]
-    log_sum: Float[Array, "B N 1 T"]
-    inner: Float[Array, "B N 1 T"]  # out . d_out
+    d_out: Array  # [B, N, T, U]
+    log_sum: Array  # [B, N, 1, T]
+    inner: Array  # [B, N, 1, T], out . d_out
 
 
 def backward(

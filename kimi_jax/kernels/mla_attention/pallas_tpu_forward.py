@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from kimi_jax.kernels.mla_attention.tpu_cells import (
+from kimi_jax.kernels.mla_attention.pallas_tpu_cells import (
     F32,
     LOG2_E,
     MASKED,

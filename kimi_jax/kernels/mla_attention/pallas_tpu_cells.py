@@ -11,13 +11,13 @@ reductions over keys run along sublanes.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 MASKED = -1e30  # logit of a masked pair; finite, so that differences of two are numbers
 LOG2_E = math.log2(math.e)
@@ -29,12 +29,12 @@ F32 = jnp.float32
 class Operands(NamedTuple):
     """Heads before positions; queries have their positions last, so that R = 64 is not padded."""
 
-    q_nope: Float[Array, "B N H T"]
-    q_rope: Float[Array, "B N R T"]
-    k_nope: Float[Array, "B N T H"]
-    k_rope: Float[Array, "B T R"]
-    value: Float[Array, "B N T U"]
-    segments: Int[Array, "B 1 T"]
+    q_nope: Array  # [B, N, H, T]
+    q_rope: Array  # [B, N, R, T]
+    k_nope: Array  # [B, N, T, H]
+    k_rope: Array  # [B, T, R]
+    value: Array  # [B, N, T, U]
+    segments: Array  # [B, 1, T]
 
 
 class Folded(NamedTuple):
@@ -57,18 +57,18 @@ class Folded(NamedTuple):
         """Rows and columns of the rectangle."""
         return (1, 1) if self.panels == 1 else (-(-self.panels // 2), self.panels + 1)
 
-    def length(self, panel: Array) -> Array:
+    def length(self, panel: Any) -> Any:
         """Returns the number of pairs in a row of the triangle."""
         return self.panels - panel if self.is_by_keys else panel + 1
 
-    def at(self, row: Array, column: Array) -> tuple[Array, Array]:
+    def at(self, row: Any, column: Any) -> tuple[Array, Array]:
         """Returns the panels of queries and of keys of a place in the rectangle."""
         is_first = column < self.length(row)
         mine = jnp.where(is_first, row, self.panels - 1 - row)
         other = jnp.where(is_first, column, column - self.length(row))
         return (mine + other, mine) if self.is_by_keys else (mine, other)
 
-    def exists(self, row: Array, column: Array) -> Array:
+    def exists(self, row: Any, column: Any) -> Any:
         """False in the second half of a middle row, which would be computed twice."""
         return (2 * row != self.panels - 1) | (column < self.length(row))
 
