@@ -17,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -28,6 +29,7 @@ from kimi_jax.kernels.mla_attention.pallas_tpu_forward import forward
 
 _LANES = 128
 _BLOCK = 512  # positions, where no table says otherwise
+_PADDING = np.iinfo(np.int32).max  # document of padding
 _PANEL = 2048  # positions; longer ones save nothing more
 _BLOCKS = ("forward_queries", "forward_keys", "backward_queries", "backward_keys")
 
@@ -77,8 +79,9 @@ def attend(
         k_nope=_pad(k_nope.transpose(0, 2, 1, 3), 2, padding),
         k_rope=_pad(k_rope, 1, padding),
         value=_pad(value.transpose(0, 2, 1, 3), 2, padding),
-        # Padded positions come last, so that no query sees them, and see only each other.
-        segments=_pad(segments[:, None], 2, padding, fill=-1),
+        # Padded positions come last, so that no query sees them, and see only each other. Numbers
+        # of documents grow, so that the last one's is outside the range of all earlier blocks.
+        segments=_pad(segments.astype(jnp.int32)[:, None], 2, padding, fill=_PADDING),
     )
     out, largest = _attend(padded, scale, tuple(tiles.items()), interpret)
     max_logit = jnp.max(largest[:, :, 0, :positions], axis=2)
