@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.core.platform import target_chip
 from kimi_jax.kernels import tile_table
+from kimi_jax.kernels.mla_attention.cases import Case
 from kimi_jax.kernels.mla_attention.pallas_tpu_backward import Kept, backward
 from kimi_jax.kernels.mla_attention.pallas_tpu_cells import F32, VMEM_MIB, Operands
 from kimi_jax.kernels.mla_attention.pallas_tpu_forward import forward
@@ -89,17 +90,32 @@ def attend(
 
 
 def default_tiles(positions: int, nope: int, rope: int, value: int) -> dict[str, int]:
-    """Returns the tabulated tiles, or blocks that suit every chip; cut to a short sequence."""
+    """Returns the tabulated blocks, or ones that suit every chip, cut to a short sequence."""
     shape = {"rows": positions, "nope": nope, "rope": rope, "value": value}
-    tiles = tile_table.tiles("mla_attention", **shape) or dict.fromkeys(_BLOCKS, _BLOCK)
+    blocks = tile_table.tiles("mla_attention", **shape) or dict.fromkeys(_BLOCKS, _BLOCK)
     enough = _LANES * 2 ** max(0, math.ceil(math.log2(positions / _LANES)))
-    tiles = {name: min(tiles[name], enough) for name in _BLOCKS}
-    panel = largest = max(tiles.values())
+    blocks = {name: min(blocks[name], enough) for name in _BLOCKS}
+    return _with_panel(blocks, positions, target_chip())
+
+
+def candidates(case: Case, chip: str) -> list[dict[str, int]]:
+    """Returns tiles worth compiling: one shape of cell forward, one backward."""
+    fitting = [size for size in (256, 512, 1024) if size <= max(256, case.positions)]
+    return [
+        _with_panel(dict(zip(_BLOCKS, (q, k, q, k), strict=True)), case.positions, chip)
+        for q in fitting
+        for k in fitting
+        if q * k <= 1024 * 512
+    ]
+
+
+def _with_panel(blocks: dict[str, int], positions: int, chip: str | None) -> dict[str, int]:
+    """Adds the panel, and the memory of the chip."""
+    panel = largest = max(blocks.values())
     # Longer panels where they need no more padding.
     while panel < _PANEL and -positions % (2 * panel) == -positions % largest:
         panel *= 2
-    vmem_mib = VMEM_MIB.get(target_chip(), min(VMEM_MIB.values()))
-    return tiles | {"panel": panel, "vmem_mib": vmem_mib}
+    return blocks | {"panel": panel, "vmem_mib": VMEM_MIB.get(chip or "", min(VMEM_MIB.values()))}
 
 
 def _pad(x: Array, axis: int, amount: int, fill: int = 0) -> Array:
