@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.kernels import tile_table
 
 _MASKED = -1e30  # logit of an unused position; finite, so that differences of two are numbers
-_BLOCK = 1024  # positions, where no table says otherwise
+_BLOCK = 2048  # positions, where no table says otherwise
 _VMEM_MIB = 40  # of 64 or 128
 
 F32 = jnp.float32
