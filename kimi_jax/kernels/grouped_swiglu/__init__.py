@@ -76,8 +76,7 @@ def grouped_swiglu(
             "weights": (weights, "W K"),
         },
     )
-    matrices = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
-    check_same_dtype("grouped_swiglu", {"x": x} | formats(matrices))
+    check_same_dtype("grouped_swiglu", {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down})
     run = select("grouped_swiglu", implementation, _AVAILABLE, _FASTEST)
     return run(x, w_gate, w_up, w_down, expert_ids, weights, residuals)
 

@@ -54,7 +54,7 @@ def grouped_swiglu(
     residuals: ResidualFormat,
     product: Product = _ragged_dot,
 ) -> Float[Array, "W D"]:
-    """Computes what the package's `grouped_swiglu` describes, with a given product."""
+    """Computes what the package's `grouped_swiglu` describes, by a given product."""
     num_experts, per_token = w_gate.shape[0], expert_ids.shape[1]
     held_here = (expert_ids >= 0) & (expert_ids < num_experts)
     expert = jnp.where(held_here, expert_ids, num_experts).reshape(-1)  # foreign ones come last
