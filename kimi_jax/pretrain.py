@@ -26,6 +26,7 @@ from kimi_jax.optimizers.schedules import learning_rate_schedule
 from kimi_jax.parallel import mesh as meshes
 from kimi_jax.parallel import multihost
 from kimi_jax.parallel.rules import REPLICATED
+from kimi_jax.quantization import qat
 from kimi_jax.training.loop import train
 from kimi_jax.training.progress import print_banner
 from kimi_jax.training.state import TrainState
@@ -66,7 +67,7 @@ def pretrain(
     print_banner(pathlib.Path(workdir).name, _sections(config, mesh, corpus, held_out))
     started = time.monotonic()
     with jax.set_mesh(mesh):
-        evaluate = HeldOutEvaluation(config, held_out, mesh) if held_out else None
+        evaluate = HeldOutEvaluation(held_out, mesh) if held_out else None
         state = train(config, workdir, corpus, mesh=mesh, evaluate=evaluate, resume=resume)
         summary = _summary(config, mesh, held_out)
         summary["sample"] = _sample(config, corpus, state)
@@ -99,6 +100,9 @@ def _sections(
 ) -> dict[str, list[tuple[str, ...]]]:
     """Rows of the tables that open a run."""
     plan = transformer.specs(config.model)
+    rounded = []
+    if config.quantization.enabled:
+        rounded = [("quantised", qat.describe(plan, config.quantization))]
     device = mesh.devices.flat[0]
     flops = accounting.train_flops_per_step(
         config.model, config.training.batch_sequences, config.data.sequence_length
@@ -109,6 +113,7 @@ def _sections(
             ("active per token", f"{accounting.active_parameters(config.model):,}"),
             ("batch", f"{config.batch_tokens:,} tokens, {flops / 1e9:,.1f} GFLOP a step"),
             ("mesh", f"{meshes.describe(mesh)} ({mesh.size} x {device.device_kind})"),
+            *rounded,
         ],
         "corpus": [(name, f"{value:,}") for name, value in corpus.statistics().items()]
         + _baseline_rows(held_out),
@@ -162,6 +167,7 @@ def _sample(config: ExperimentConfig, corpus: Corpus, state: TrainState) -> dict
         temperature=_SAMPLE_TEMPERATURE,
         config=config.model,
         choices=config.compute,
+        quantization=config.at_step(config.training.num_steps).quantization,
     )
     first = jax.reshard(tokens, REPLICATED)[0]  # every process has it then
     text = corpus.tokenizer.decode(np.asarray(first)[1:].tolist())
