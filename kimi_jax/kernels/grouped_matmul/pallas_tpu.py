@@ -186,41 +186,51 @@ def _multiply_kernel(*refs, part: int, contract: int, packed: bool):
     plan, (x, *matrix, y), scratch = _split(refs, len(refs) - packed)
     v = pl.program_id(1)
     before = jnp.maximum(v - 1, 0)
-    if packed:
-        (w,) = scratch
-
-        @pl.when((v == 0) | (plan.group[v] != plan.group[before]))
-        def _():
-            w[...] = _dequantise(*matrix, w.dtype)
-    else:
-        (w,) = matrix
+    new_group = (v == 0) | (plan.group[v] != plan.group[before])
+    w = scratch[0] if packed else matrix[0]
 
     @pl.when((v == 0) | (plan.target[v] != plan.target[before]))
     def _():
         y[...] = jnp.zeros_like(y)
 
-    def multiply(rows, own):
+    first, stop = plan.begin[v] // part, pl.cdiv(plan.end[v], part)
+
+    def multiply(i):
+        rows, own = _part(i, part, plan.begin[v], plan.end[v])
         product = dot(x[rows, :], w[...], 1, contract)
         y[rows, :] = jnp.where(own, product.astype(y.dtype), y[rows, :])
 
-    _for_owned_parts(plan.begin[v], plan.end[v], part, multiply)
+    if packed:
+
+        @pl.when(new_group)
+        def _():
+            # In one block with a product, which hides most of the arithmetic.
+            w[...] = _dequantise(*matrix, w.dtype)
+            multiply(first)
+
+        first = jnp.where(new_group, first + 1, first)
+    _for_each(first, stop, multiply)
 
 
 def _weight_gradient_kernel(*refs, part: int):
     plan, (x, d_y, d_w), (total,) = _split(refs, len(refs) - 1)
     v, last = pl.program_id(2), pl.num_programs(2) - 1
     group = plan.group[v]
+    new_group = (v == 0) | (group != plan.group[jnp.maximum(v - 1, 0)])
+    first, stop = plan.begin[v] // part, pl.cdiv(plan.end[v], part)
 
-    @pl.when((v == 0) | (group != plan.group[jnp.maximum(v - 1, 0)]))
+    @pl.when(new_group & (stop == 0))
     def _():
         total[...] = jnp.zeros_like(total)
 
-    def add(rows, own):
+    def add(i):
+        rows, own = _part(i, part, plan.begin[v], plan.end[v])
         # Both: what lies behind the last group may be infinite.
         a, b = (jnp.where(own, ref[rows, :], 0).astype(ref.dtype) for ref in (x, d_y))
-        total[...] += dot(a, b, 0, 0)
+        kept = jnp.where(new_group & (i == first), 0.0, total[...])
+        total[...] = kept + dot(a, b, 0, 0)
 
-    _for_owned_parts(plan.begin[v], plan.end[v], part, add)
+    _for_each(first, stop, add)
 
     @pl.when((v == last) | (group != plan.group[jnp.minimum(v + 1, last)]))
     def _():
@@ -233,16 +243,16 @@ def _split(refs: tuple[Any, ...], num_blocks: int):
     return _of(refs[:count]), refs[count:num_blocks], refs[num_blocks:]
 
 
-def _for_owned_parts(begin: Array, end: Array, part: int, run) -> None:
-    """Calls run(rows, own) for each part of a tile that holds rows from `begin` to `end`."""
+def _part(i: Array, part: int, begin: Array, end: Array):
+    """Returns part i of a tile as a slice, and which of its rows lie from `begin` to `end`."""
+    start = pl.multiple_of(i * part, part)
+    row = start + jax.lax.broadcasted_iota(jnp.int32, (part, 1), 0)
+    return pl.ds(start, part), (row >= begin) & (row < end)
 
-    def body(i, carry):
-        start = pl.multiple_of(i * part, part)
-        row = start + jax.lax.broadcasted_iota(jnp.int32, (part, 1), 0)
-        run(pl.ds(start, part), (row >= begin) & (row < end))
-        return carry
 
-    jax.lax.fori_loop(begin // part, pl.cdiv(end, part), body, 0)
+def _for_each(first: Array, stop: Array, run) -> None:
+    """Calls run(i) for each i from `first` to before `stop`."""
+    jax.lax.fori_loop(first, stop, lambda i, carry: (run(i), carry)[1], 0)
 
 
 def _dequantise(codes, scales, dtype: Any) -> Array:
