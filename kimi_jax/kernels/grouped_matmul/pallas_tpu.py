@@ -21,7 +21,6 @@ dimension C, whole.
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,19 +30,19 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import tile_table
-from kimi_jax.kernels.grouped_matmul import visits
+from kimi_jax.kernels.grouped_matmul import tpu_tiles, visits
 from kimi_jax.kernels.grouped_matmul.gradients import differentiable
+from kimi_jax.kernels.grouped_matmul.tpu_tiles import (
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Tiles,
+)
 from kimi_jax.kernels.products import dot
 from kimi_jax.quantization.int4 import CODES_PER_WORD, Int4Weight
 
 F32 = jnp.float32
-Tiles = Mapping[str, int]
 
-_MIB = 2**20
-# Of 64 MiB, and of 128 on v6e; the compiler wants some for itself.
-_VMEM_BYTES = {"v5p": 60 * _MIB, "v6e": 112 * _MIB, "tpu7x": 56 * _MIB}
-_SMALLEST_VMEM_BYTES = 56 * _MIB
 # v5p has no arithmetic in bfloat16. A code of three bits times a scale of eight is exact before it
 # is rounded in either format, so both give the same values.
 _BFLOAT16_ARITHMETIC = ("v6e", "tpu7x")
@@ -67,7 +66,7 @@ def forward(
       tiles: `rows`, `part` (divides `rows`) and `columns`; None takes the table's, or a default.
       interpret: runs on any platform, slowly.
     """
-    return _multiply(x, w, group_sizes, "forward", tiles, interpret)
+    return _multiply(x, w, group_sizes, FORWARD, tiles, interpret)
 
 
 def input_gradient(
@@ -79,7 +78,7 @@ def input_gradient(
     interpret: bool = False,
 ) -> Float[Array, "A K"]:
     """Returns d_y w[g]^T; arguments as in `forward`."""
-    return _multiply(d_y, w, group_sizes, "input_gradient", tiles, interpret)
+    return _multiply(d_y, w, group_sizes, INPUT_GRADIENT, tiles, interpret)
 
 
 def weight_gradient(
@@ -102,7 +101,8 @@ def weight_gradient(
     (num_rows, num_inputs), num_outputs = x.shape, d_y.shape[1]
     num_groups = len(group_sizes)
     limits = {"rows": num_rows, "inputs": num_inputs, "outputs": num_outputs}
-    t = _tiles("weight_gradient", tiles, limits, groups=num_groups)
+    t = tpu_tiles.choose(WEIGHT_GRADIENT, tiles, limits, groups=num_groups)
+    x, d_y = _fill_tile(x, t["rows"]), _fill_tile(d_y, t["rows"])
     plan = visits.by_group(group_sizes, num_rows, t["rows"])
     result = jax.ShapeDtypeStruct((num_groups, num_inputs, num_outputs), x.dtype)
     return pl.pallas_call(
@@ -127,8 +127,13 @@ def weight_gradient(
         compiler_params=_params(("parallel", "parallel", "arbitrary")),
         cost_estimate=_cost((num_rows, num_inputs, num_outputs), (x, d_y, result)),
         interpret=interpret,
-        name="grouped_matmul_weight_gradient",
+        name=f"grouped_matmul_{WEIGHT_GRADIENT}",
     )(*plan, x, d_y)
+
+
+def _fill_tile(rows: Array, tile_rows: int) -> Array:
+    """Appends zeros where there are fewer rows than one tile has; a last tile may be short."""
+    return jnp.pad(rows, ((0, max(tile_rows - rows.shape[0], 0)), (0, 0)))
 
 
 def _of(prefetched: tuple[Any, ...]) -> visits.Visits:
@@ -139,15 +144,18 @@ def _of(prefetched: tuple[Any, ...]) -> visits.Visits:
 def _multiply(
     x: Array, w: Array | Int4Weight, group_sizes: Array, piece: str, tiles, interpret: bool
 ) -> Array:
-    contract = 1 if piece == "forward" else 2
+    contract = 1 if piece == FORWARD else 2
     num_rows, width = x.shape
     num_columns = w.shape[3 - contract]
     packed = isinstance(w, Int4Weight)
     limits = {"rows": num_rows, "columns": num_columns}
-    t = _tiles(piece, tiles, limits, contracted=width, groups=w.shape[0], int4=int(packed))
+    t = tpu_tiles.choose(
+        piece, tiles, limits, contracted=width, groups=w.shape[0], int4=int(packed)
+    )
     columns = t["columns"]
     plan = visits.by_tile(group_sizes, num_rows, t["rows"])
-    result = jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype)
+    x = _fill_tile(x, t["rows"])
+    result = jax.ShapeDtypeStruct((x.shape[0], num_columns), x.dtype)
 
     def matrix(inputs_per_entry: int) -> pl.BlockSpec:
         if contract == 1:
@@ -178,7 +186,7 @@ def _multiply(
         cost_estimate=_cost((num_rows, width, num_columns), (x, *operands, result)),
         interpret=interpret,
         name=f"grouped_matmul_{piece}",
-    )(*plan, x, *operands)
+    )(*plan, x, *operands)[:num_rows]
 
 
 def _multiply_kernel(*refs, part: int, contract: int, packed: bool):
@@ -266,23 +274,10 @@ def _dequantise(codes, scales, dtype: Any) -> Array:
     return values.reshape(-1, width).astype(dtype)
 
 
-def _tiles(
-    piece: str, given: Tiles | None, limits: Mapping[str, int], **shape: int
-) -> dict[str, int]:
-    """Returns tiles no larger than the arrays: those given, tabulated, or of the chip's rule."""
-    chosen = given or tile_table.tiles(f"grouped_matmul.{piece}", **limits, **shape)
-    if chosen is None:
-        chosen = {"rows": 512, "part": 128, "columns": 512, "inputs": 512, "outputs": 1024}
-    chosen = {name: min(size, limits.get(name, size)) for name, size in chosen.items()}
-    if chosen["rows"] % chosen["part"]:
-        chosen["part"] = chosen["rows"]
-    return chosen
-
-
 def _params(semantics: tuple[str, ...]) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=semantics,
-        vmem_limit_bytes=_VMEM_BYTES.get(target_chip(), _SMALLEST_VMEM_BYTES),
+        vmem_limit_bytes=tpu_tiles.vmem_bytes(target_chip()),
     )
 
 

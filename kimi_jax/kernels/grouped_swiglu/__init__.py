@@ -28,7 +28,7 @@ _AVAILABLE = {
     Implementation.REFERENCE: _on_arrays(reference.grouped_swiglu),
 }
 # On GPUs every expert of a ragged product multiplies every row.
-_FASTEST = {"tpu": Implementation.XLA_ACCELERATOR}
+_FASTEST = {"tpu": Implementation.PALLAS_TPU}
 
 
 @jax.named_scope("grouped_swiglu")
