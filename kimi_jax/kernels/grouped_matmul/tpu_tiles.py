@@ -120,7 +120,7 @@ def _by_rule(piece: str, limits: Mapping[str, int], shape: Mapping[str, int]) ->
     return tiles
 
 
-def _vmem(tiles: Tiles, contracted: int, int4: bool) -> float:
+def _vmem(tiles: Tiles, contracted: int, int4: bool) -> int:
     """Bytes of blocks, two of each that is streamed, of a made matrix and of sums."""
     rows = tiles["rows"]
     if "columns" not in tiles:
@@ -130,6 +130,6 @@ def _vmem(tiles: Tiles, contracted: int, int4: bool) -> float:
     matrix = contracted * tiles["columns"]
     streamed = rows * (contracted + tiles["columns"])
     product = tiles["part"] * tiles["columns"] * _SUM_BYTES
-    # A packed matrix has four bits and a sixteenth of a scale for each value, and is made once.
-    of_matrix = matrix * (2 * 0.5625 + _ITEM_BYTES) if int4 else 2 * _ITEM_BYTES * matrix
+    # A packed matrix has less than a byte for each value in either block, and is made once.
+    of_matrix = matrix * (2 + _ITEM_BYTES) if int4 else 2 * _ITEM_BYTES * matrix
     return 2 * _ITEM_BYTES * streamed + of_matrix + product
