@@ -62,7 +62,7 @@ def choose(
         chosen = _by_rule(piece, limits, shape)
     part = min(chosen["part"], _up(limits["rows"], _ROWS_OF_A_VECTOR))
     whole = {**limits, "rows": _up(limits["rows"], part), "part": part}
-    return {name: min(size, whole[name]) for name, size in chosen.items()}
+    return {name: min(chosen[name], size) for name, size in whole.items()}
 
 
 def candidates(piece: str, case: Case, chip: str) -> list[dict[str, int]]:
