@@ -16,10 +16,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from kimi_jax.core.platform import target_chip
+
 COMPUTE = 2  # warpgroups that calculate
 ROWS = 64  # of a product that one warpgroup accumulates
 _COMPUTE_REGISTERS = 240  # a thread; 2 * 240 + 24 of the 512 that three warpgroups share
 _COPY_REGISTERS = 24
+_CAPABILITY = "9.0"
+_HOPPERS = ("h100", "h200")  # of `target_chip`
+
+def require(kernel_name: str, dtype: Any, interpret: bool) -> None:
+    """Raises `NotImplementedError` unless a program is for a Hopper GPU, and in bfloat16."""
+    if dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"{kernel_name}: 'pallas_gpu' takes bfloat16, got {dtype}; cast the operands, or choose "
+            "'auto' in compute.implementation"
+        )
+    # A device that is not there has a name, one that is there also says what it can do.
+    here = jax.devices()[0]
+    is_hopper = getattr(here, "compute_capability", None) == _CAPABILITY
+    if not interpret and not is_hopper and target_chip() not in _HOPPERS:
+        raise NotImplementedError(
+            f"{kernel_name}: 'pallas_gpu' needs a GPU of compute capability {_CAPABILITY} (Hopper: "
+            f"H100, H200), and this program is for a {here.device_kind!r}; choose 'auto' in "
+            "compute.implementation"
+        )
+
 
 class Factors(NamedTuple):
     """One product a @ b, or a @ b^T."""
