@@ -85,7 +85,7 @@ def gradients_on(mesh, config):
     def share(params, batch):
         total = jnp.sum(batch.weights)
         params = transformer.to_stages(params, config=config.model, choices=config.compute)
-        return steps.batch_share_of_loss(params, batch, config=config, total_weight=total)
+        return steps.batch_share_of_loss(params, batch, config=config, constants=(total, None))
 
     compute = jax.jit(jax.value_and_grad(share, has_aux=True), compiler_options=QUICK)
     with jax.set_mesh(mesh):
@@ -164,8 +164,8 @@ class MeshParityTest(parameterized.TestCase):
                 np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
     @parameterized.named_parameters(
-        # At 1e-5, jax 0.10.2 moves a norm's gain by 6e-6 to 1e-5 more or less: its gradient is nearly
-        # zero, and the first update divides by it.
+        # At 1e-5, a norm's gain is 6e-6 to 1e-5 away on jax 0.10.2: the first update divides by its
+        # gradient, which is nearly zero.
         ("replica_2_pipe_2_data_2", {"replica": 2, "pipe": 2, "data": 2}, TWO_LAYERS, 1e-4),
         ("replica_2_data_2_expert_2", {"replica": 2, "data": 2, "expert": 2}, BOTH_KINDS),
         ("data_2_context_2_tensor_2", {"data": 2, "context": 2, "tensor": 2}, BOTH_KINDS),
