@@ -4,7 +4,9 @@ A kernel has `COMPUTE` warpgroups that calculate and one that copies. The copyin
 blocks in shared memory with the tensor memory accelerator; `full` tells when a slot holds its
 block, `empty` when all that calculate are done with it. Interpreted on a CPU the same barriers,
 copies, loops and masks run; only products are then JAX's own, since JAX 0.12's interpreter has
-neither products from registers nor accumulators that start from a value.
+neither products from registers nor accumulators that start from a value. Each interpreted
+warpgroup blocks a thread of JAX's CPU client, which has as many as cores or simulated devices:
+with fewer than about eight the interpreter can wait for ever.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +27,7 @@ _COPY_REGISTERS = 24
 _CAPABILITY = "9.0"
 _HOPPERS = ("h100", "h200")  # of `target_chip`
 
-def require(kernel_name: str, dtype: Any, interpret: bool) -> None:
+def require(kernel_name: str, dtype: Any) -> None:
     """Raises `NotImplementedError` unless a program is for a Hopper GPU, and in bfloat16."""
     if dtype != jnp.bfloat16:
         raise NotImplementedError(
@@ -35,7 +37,7 @@ def require(kernel_name: str, dtype: Any, interpret: bool) -> None:
     # A device that is not there has a name, one that is there also says what it can do.
     here = jax.devices()[0]
     is_hopper = getattr(here, "compute_capability", None) == _CAPABILITY
-    if not interpret and not is_hopper and target_chip() not in _HOPPERS:
+    if not is_hopper and target_chip() not in _HOPPERS:
         raise NotImplementedError(
             f"{kernel_name}: 'pallas_gpu' needs a GPU of compute capability {_CAPABILITY} (Hopper: "
             f"H100, H200), and this program is for a {here.device_kind!r}; choose 'auto' in "
@@ -140,6 +142,10 @@ class Ring(NamedTuple):
 
         blocks.at[slot][...] = values
         plgpu.barrier_arrive(self.full.at[slot])
+
+    def await_receipt(self, step: Array) -> None:
+        """Waits until the other warpgroup received the block of a step, the last that was sent."""
+        plgpu.barrier_wait(self.empty.at[self._slot(step)])
 
     def receive(self, step: Array, blocks: Any) -> Array:
         """Returns the block that another warpgroup sent."""

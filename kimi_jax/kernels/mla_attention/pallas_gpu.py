@@ -37,7 +37,8 @@ def mla_attention(
     Raises:
       NotImplementedError: another GPU, another dtype, or widths that the blocks do not fit.
     """
-    hopper.require("mla_attention", q_nope.dtype, interpret)
+    if not interpret:
+        hopper.require("mla_attention", q_nope.dtype)
     _check_widths(q_nope.shape[-1], q_rope.shape[-1], value.shape[-1])
     num_positions = value.shape[1]
     padding = -num_positions % TILE

@@ -192,6 +192,8 @@ def _key_tile(*refs, scale: float, interpret: bool) -> None:
         @pl.when(warpgroup == 0)
         def _():
             d_value = _gradient_of_values(own, shared, num_steps, scale, interpret)
+            # The other warpgroup reads the values until then.
+            shared.exchange.await_receipt(num_steps - 1)
             own.value[...] = d_value.astype(own.value.dtype)
             hopper.copy_out((own.value,), (results[2].at[sequence, rows, head],))
 
