@@ -19,7 +19,7 @@ from tests.support.gradients import (
 # Blocks have 128 and 64 positions: three tiles, the last of two positions, so that rings are reused
 # and blocks lie before, on and behind the diagonal.
 _CASE = cases.Case(batch=1, positions=258, heads=2, nope=64, rope=64, value=64, documents=3)
-_WIDE = cases.Case(batch=2, positions=70, heads=1, nope=128, rope=64, value=64, documents=2)
+_WIDE = cases.Case(batch=2, positions=70, heads=1, nope=128, rope=64, value=128, documents=2)
 
 
 def _run(operands, segments, d_out, dtype):

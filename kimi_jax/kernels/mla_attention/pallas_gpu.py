@@ -11,12 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import hopper
+from kimi_jax.kernels.hopper_softmax import F32, LOG2_E
 from kimi_jax.kernels.mla_attention.pallas_gpu_backward import backward
-from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import F32, LOG2_E, TILE, Keys, Queries
+from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import TILE, Keys, Queries
 from kimi_jax.kernels.mla_attention.pallas_gpu_forward import forward
 
-_COLUMNS = 64  # of bfloat16, in the widest pattern that shared memory is read in
-_MOST_COLUMNS = 128  # of queries without rotation: shared memory holds no more
+_WIDTHS = (64, 128)  # of heads without rotation, and of values: shared memory holds no more
+_ROPE_WIDTH = 64
 
 _Operands = tuple[Array, Array, Array, Array, Array, Array]
 
@@ -50,13 +51,11 @@ def mla_attention(
 
 
 def _check_widths(nope: int, rope: int, value: int) -> None:
-    fits = all(width % _COLUMNS == 0 for width in (nope, rope, value))
-    if not fits or rope > _COLUMNS or nope > _MOST_COLUMNS or value > nope:
+    if nope not in _WIDTHS or value != nope or rope != _ROPE_WIDTH:
         raise NotImplementedError(
-            f"mla_attention: 'pallas_gpu' takes heads of {_COLUMNS} or {_MOST_COLUMNS} columns "
-            f"without rotation, {_COLUMNS} with, and values of {_COLUMNS} columns or as many as "
-            f"without rotation; got {nope}, {rope} and {value}; choose 'auto' in "
-            "compute.implementation"
+            f"mla_attention: 'pallas_gpu' takes heads of {_WIDTHS[0]} or {_WIDTHS[1]} columns "
+            f"without rotation, {_ROPE_WIDTH} with, and values as wide as without; got {nope}, "
+            f"{rope} and {value}; choose 'auto' in compute.implementation"
         )
 
 

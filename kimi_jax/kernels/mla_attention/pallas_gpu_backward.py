@@ -24,9 +24,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from kimi_jax.kernels import hopper
+from kimi_jax.kernels import hopper_softmax as softmaxes
+from kimi_jax.kernels.hopper_softmax import F32, LOG2_E
 from kimi_jax.kernels.hopper import COMPUTE, ROWS, Factors, Sum
 from kimi_jax.kernels.mla_attention import pallas_gpu_blocks as blocks
-from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import F32, LOG2_E, TILE, Keys, Queries
+from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import TILE, Keys, Queries
 
 _SLOTS = 3  # of the ring
 _SLOTS_OF_EXCHANGE = 2
@@ -115,7 +117,7 @@ def _add_keys(own, keys, sums, pairs, scale, interpret):
         interpret,
     )
     logits = pairs.mask(logits * (scale * LOG2_E), own.segments[...], keys.segments[...])
-    log_sum, inner = (blocks.along_rows(x[...], shape) for x in (own.log_sum, own.inner))
+    log_sum, inner = (softmaxes.along_rows(x[...], shape) for x in (own.log_sum, own.inner))
     d_logits = jnp.exp2(logits - log_sum) * (d_probabilities - inner)
     d_logits = d_logits.astype(keys.nope.dtype)
     return hopper.multiply(
@@ -217,7 +219,7 @@ def _gradient_of_values(own, shared: _Shared, num_steps, scale, interpret):
         (logits,) = hopper.multiply([Sum(products, hopper.zeros(ROWS, ROWS))], interpret)
         pairs = blocks.Pairs(jnp.int32(0), rows_are_queries=False, crosses_diagonal=crosses)
         logits = pairs.mask(logits * (scale * LOG2_E), own.segments[...], queries.segments[...])
-        log_sum = blocks.along_columns(queries.log_sum[...], logits.shape)
+        log_sum = softmaxes.along_columns(queries.log_sum[...], logits.shape)
         probabilities = jnp.exp2(logits - log_sum).astype(own.value.dtype)
         shared.exchange.send(step, shared.probabilities, probabilities)
         product = Factors(probabilities, queries.d_out)
@@ -236,7 +238,7 @@ def _gradients_of_keys(own, shared: _Shared, num_steps, interpret):
         queries = blocks.pick(shared.queries, slot)
         product = Factors(own.value, queries.d_out, True)
         (d_probabilities,) = hopper.multiply([Sum([product], hopper.zeros(ROWS, ROWS))], interpret)
-        inner = blocks.along_columns(queries.inner[...], d_probabilities.shape)
+        inner = softmaxes.along_columns(queries.inner[...], d_probabilities.shape)
         probabilities = shared.exchange.receive(step, shared.probabilities).astype(F32)
         d_logits = (probabilities * (d_probabilities - inner)).astype(own.nope.dtype)
         factors = Factors(d_logits, queries.nope), Factors(d_logits, queries.rope)

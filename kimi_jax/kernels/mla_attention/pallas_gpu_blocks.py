@@ -1,6 +1,5 @@
-"""What the kernels of attention on Hopper share: operands, masks, the online softmax."""
+"""What the kernels of attention on Hopper share: operands, grids and masks."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,14 +8,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from kimi_jax.kernels.hopper import COMPUTE, ROWS, zeros
+from kimi_jax.kernels.hopper import COMPUTE, ROWS
+from kimi_jax.kernels.hopper_softmax import MASKED, along_columns, along_rows
 
-LOG2_E = math.log2(math.e)
-MASKED = -1e30  # logit of a masked pair; finite, so that differences of two are numbers
 TILE = COMPUTE * ROWS  # positions of a thread block
-
-F32 = jnp.float32
-
 
 class Keys(NamedTuple):
     """Arrays, or their part that is in shared memory."""
@@ -87,16 +82,6 @@ def cost(operands: Any, results: Any, widths: int) -> pl.CostEstimate:
     )
 
 
-def along_rows(x: Array, shape: tuple[int, int]) -> Array:
-    """Gives each row its value of x."""
-    return jax.lax.broadcast_in_dim(x, shape, (0,))
-
-
-def along_columns(x: Array, shape: tuple[int, int]) -> Array:
-    """Gives each column its value of x."""
-    return jax.lax.broadcast_in_dim(x, shape, (1,))
-
-
 class Pairs(NamedTuple):
     """Which pairs of a block of logits meet."""
 
@@ -113,33 +98,3 @@ class Pairs(NamedTuple):
             row += self.row_minus_column
             visible &= (row >= column) if self.rows_are_queries else (row <= column)
         return jnp.where(visible, logits, MASKED)
-
-
-class Softmax(NamedTuple):
-    """A softmax over the keys met so far; exponentials to base 2, which the hardware has."""
-
-    largest: Array  # [t], in units of 1 / log2(e)
-    total: Array  # [t], the sum of 2^(logit - largest)
-    weighted: Array  # [t, U], the same sum times values
-
-
-def empty_softmax(width: int) -> Softmax:
-    """Returns the softmax over no keys."""
-    return Softmax(
-        largest=jnp.full((ROWS,), MASKED, F32),
-        total=jnp.zeros((ROWS,), F32),
-        weighted=zeros(ROWS, width),
-    )
-
-
-def add_logits(softmax: Softmax, logits: Array) -> tuple[Softmax, Array]:
-    """Returns the softmax with the logits [t, s] in all but `weighted`, and their exponentials.
-
-    `weighted` is only rescaled: the caller adds exponentials @ values.
-    """
-    largest = jnp.maximum(softmax.largest, jnp.max(logits, axis=1))
-    fading = jnp.exp2(softmax.largest - largest)
-    exponentials = jnp.exp2(logits - along_rows(largest, logits.shape))
-    weighted = softmax.weighted * along_rows(fading, softmax.weighted.shape)
-    total = softmax.total * fading + jnp.sum(exponentials, axis=1)
-    return Softmax(largest, total, weighted), exponentials

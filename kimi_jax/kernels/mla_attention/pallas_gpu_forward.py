@@ -20,9 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from kimi_jax.kernels import hopper
+from kimi_jax.kernels import hopper_softmax as softmaxes
+from kimi_jax.kernels.hopper_softmax import F32, LOG2_E
 from kimi_jax.kernels.hopper import COMPUTE, ROWS, Factors, Sum
 from kimi_jax.kernels.mla_attention import pallas_gpu_blocks as blocks
-from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import F32, LOG2_E, TILE, Keys
+from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import TILE, Keys
 
 _SLOTS = 2  # of the ring; three do not fit in shared memory
 
@@ -94,10 +96,10 @@ def _attend_tile(*refs, scale: float, interpret: bool) -> None:
             pairs = blocks.Pairs(start - step * TILE, True, diagonal)
             return _visit(own, blocks.pick(key_blocks, slot), softmax, pairs, scale, interpret)
 
-        softmax = blocks.empty_softmax(out.shape[3])
+        softmax = softmaxes.empty_softmax(out.shape[3])
         softmax = ring.use(0, tile, softmax, functools.partial(visit, diagonal=False))
         softmax = ring.use_one(tile, softmax, functools.partial(visit, diagonal=True))
-        results = _store(own, softmax, out.shape[3])
+        results = _store(own, softmax)
         columns = (x.at[sequence, head, rows] for x in (largest, log_sum))
         hopper.copy_out(results, (out.at[heads_here], *columns))
 
@@ -109,18 +111,17 @@ def _visit(own, keys, softmax, pairs, scale, interpret):
     products = [Factors(own.nope, keys.nope, True), Factors(own.rope, keys.rope, True)]
     (logits,) = hopper.multiply([Sum(products, hopper.zeros(ROWS, TILE))], interpret)
     logits = pairs.mask(logits * (scale * LOG2_E), own.segments[...], keys.segments[...])
-    softmax, exponentials = blocks.add_logits(softmax, logits)
+    softmax, exponentials = softmaxes.add_logits(softmax, logits)
     product = Factors(exponentials.astype(keys.value.dtype), keys.value)
     (weighted,) = hopper.multiply([Sum([product], softmax.weighted)], interpret)
     return softmax._replace(weighted=weighted)
 
 
-def _store(own: _Own, softmax: blocks.Softmax, width: int) -> tuple[Any, Any, Any]:
+def _store(own: _Own, softmax: softmaxes.Softmax) -> tuple[Any, Any, Any]:
     """Writes output, largest logit and log of the sum to shared memory, and returns where."""
-    out = own.nope.at[:, pl.ds(0, width)]
-    inverse = blocks.along_rows(1.0 / softmax.total, softmax.weighted.shape)
-    out[...] = (softmax.weighted * inverse).astype(own.nope.dtype)
+    inverse = softmaxes.along_rows(1.0 / softmax.total, softmax.weighted.shape)
+    own.nope[...] = (softmax.weighted * inverse).astype(own.nope.dtype)
     largest = softmax.largest / LOG2_E
     own.largest[...] = largest
     own.log_sum[...] = largest + jnp.log(softmax.total)
-    return out, own.largest, own.log_sum
+    return own.nope, own.largest, own.log_sum
