@@ -22,8 +22,8 @@ from kimi_jax.core.platform import target_chip
 
 COMPUTE = 2  # warpgroups that calculate
 ROWS = 64  # of a product that one warpgroup accumulates
-_COMPUTE_REGISTERS = 240  # a thread; 2 * 240 + 24 of the 512 that three warpgroups share
-_COPY_REGISTERS = 24
+_COMPUTE_REGISTERS = 232  # a thread; 2 * 232 + 40 of the 512 that three warpgroups share
+_COPY_REGISTERS = 40
 _CAPABILITY = "9.0"
 _HOPPERS = ("h100", "h200")  # of `target_chip`
 
