@@ -56,7 +56,10 @@ def _run(operands, segments, d_out, dtype, tiles):
 
 
 class MlaAttentionPallasTpuTest(parameterized.TestCase):
-    @parameterized.product(name=list(cases.TOY), tiles=[_FUSED, _NO_ROOM])
+    @parameterized.parameters(
+        *(("one_token", _FUSED), ("one_block", _NO_ROOM)),
+        *(("odd_strips", _NO_ROOM), ("ragged_blocks", _FUSED)),
+    )
     def test_output_maximum_and_gradients_equal_float64(self, name, tiles):
         operands, segments, d_out = attention_inputs(cases.TOY[name])
         actual = _run(operands, segments, d_out, jnp.float32, tiles)

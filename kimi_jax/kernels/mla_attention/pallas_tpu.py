@@ -17,17 +17,20 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.core.platform import target_chip
 from kimi_jax.kernels import tile_table
+from kimi_jax.kernels.mla_attention.cases import Case
 from kimi_jax.kernels.mla_attention.pallas_tpu_backward import Kept, backward
 from kimi_jax.kernels.mla_attention.pallas_tpu_cells import F32, VMEM_MIB, Operands
 from kimi_jax.kernels.mla_attention.pallas_tpu_forward import forward
 
 _LANES = 128
 _BLOCK = 512  # positions, where no table says otherwise
+_PADDING = np.iinfo(np.int32).max  # document of padding
 _PANEL = 2048  # positions; longer ones save nothing more
 _BLOCKS = ("forward_queries", "forward_keys", "backward_queries", "backward_keys")
 
@@ -77,8 +80,9 @@ def attend(
         k_nope=_pad(k_nope.transpose(0, 2, 1, 3), 2, padding),
         k_rope=_pad(k_rope, 1, padding),
         value=_pad(value.transpose(0, 2, 1, 3), 2, padding),
-        # Padded positions come last, so that no query sees them, and see only each other.
-        segments=_pad(segments[:, None], 2, padding, fill=-1),
+        # Padded positions come last, so that no query sees them, and see only each other. Numbers
+        # of documents grow, so that the last one's is outside the range of all earlier blocks.
+        segments=_pad(segments.astype(jnp.int32)[:, None], 2, padding, fill=_PADDING),
     )
     out, largest = _attend(padded, scale, tuple(tiles.items()), interpret)
     max_logit = jnp.max(largest[:, :, 0, :positions], axis=2)
@@ -86,17 +90,32 @@ def attend(
 
 
 def default_tiles(positions: int, nope: int, rope: int, value: int) -> dict[str, int]:
-    """Returns the tabulated tiles, or blocks that suit every chip; cut to a short sequence."""
+    """Returns the tabulated blocks, or ones that suit every chip, cut to a short sequence."""
     shape = {"rows": positions, "nope": nope, "rope": rope, "value": value}
-    tiles = tile_table.tiles("mla_attention", **shape) or dict.fromkeys(_BLOCKS, _BLOCK)
+    blocks = tile_table.tiles("mla_attention", **shape) or dict.fromkeys(_BLOCKS, _BLOCK)
     enough = _LANES * 2 ** max(0, math.ceil(math.log2(positions / _LANES)))
-    tiles = {name: min(tiles[name], enough) for name in _BLOCKS}
-    panel = largest = max(tiles.values())
+    blocks = {name: min(blocks[name], enough) for name in _BLOCKS}
+    return _with_panel(blocks, positions, target_chip())
+
+
+def candidates(case: Case, chip: str) -> list[dict[str, int]]:
+    """Returns tiles worth compiling: one shape of cell forward, one backward."""
+    fitting = [size for size in (256, 512, 1024) if size <= max(256, case.positions)]
+    return [
+        _with_panel(dict(zip(_BLOCKS, (q, k, q, k), strict=True)), case.positions, chip)
+        for q in fitting
+        for k in fitting
+        if q * k <= 1024 * 512
+    ]
+
+
+def _with_panel(blocks: dict[str, int], positions: int, chip: str | None) -> dict[str, int]:
+    """Adds the panel, and the memory of the chip."""
+    panel = largest = max(blocks.values())
     # Longer panels where they need no more padding.
     while panel < _PANEL and -positions % (2 * panel) == -positions % largest:
         panel *= 2
-    vmem_mib = VMEM_MIB.get(target_chip(), min(VMEM_MIB.values()))
-    return tiles | {"panel": panel, "vmem_mib": vmem_mib}
+    return blocks | {"panel": panel, "vmem_mib": VMEM_MIB.get(chip or "", min(VMEM_MIB.values()))}
 
 
 def _pad(x: Array, axis: int, amount: int, fill: int = 0) -> Array:

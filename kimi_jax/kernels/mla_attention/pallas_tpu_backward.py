@@ -65,7 +65,7 @@ def keys_gradient(
     *,
     interpret: bool,
     with_queries: bool,
-) -> list[Array]:
+) -> tuple[Array, ...]:
     """Returns the gradients of k_nope, k_rope by head [B, N, R, T], and values.
 
     Grid: sequences, heads, rows of the folded triangle (two panels of keys each), panels of
@@ -93,7 +93,7 @@ def keys_gradient(
         ]
         scratch += [pltpu.VMEM((positions // cells.block_q, nope + rope, cells.block_q), F32)]
         like += [operands.q_nope, operands.q_rope]
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_keys_kernel, cells=cells, with_queries=with_queries),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
@@ -107,12 +107,13 @@ def keys_gradient(
         cost_estimate=_cost(operands, of_queries=3 if with_queries else 2, of_values=2),
         interpret=interpret,
         name="mla_attention_backward" if with_queries else "mla_attention_dkv",
-    )(*_inputs(operands, kept, cells))
+    )
+    return tuple(call(*_inputs(operands, kept, cells)))
 
 
 def queries_gradient(
     operands: Operands, kept: Kept, scale: float, tiles: dict[str, int], interpret: bool
-) -> list[Array]:
+) -> tuple[Array, ...]:
     """Returns the gradients of queries, [B, N, H, T] and [B, N, R, T].
 
     Grid: sequences, heads, rows of the folded triangle (two panels of queries each), panels of
@@ -124,7 +125,7 @@ def queries_gradient(
     cells = _cells(folded, scale, tiles)
     query_columns = cells.index(lambda b, n, i, j: (b, n, 0, i))
     like = operands.q_nope, operands.q_rope
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_queries_kernel, cells=cells),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
@@ -140,7 +141,8 @@ def queries_gradient(
         cost_estimate=_cost(operands, of_queries=2, of_values=1),
         interpret=interpret,
         name="mla_attention_dq",
-    )(*_inputs(operands, kept, cells))
+    )
+    return tuple(call(*_inputs(operands, kept, cells)))
 
 
 def _cells(folded: Folded, scale: float, tiles: dict[str, int]) -> Cells:

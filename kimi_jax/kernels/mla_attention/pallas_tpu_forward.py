@@ -43,7 +43,7 @@ def forward(
     of_queries = jax.ShapeDtypeStruct((batch, heads, 1, positions), F32)
     pairs = batch * heads * positions**2 // 2
     width = operands.k_nope.shape[-1] + operands.k_rope.shape[-1]
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(_kernel, cells=cells),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
@@ -69,7 +69,9 @@ def forward(
         ),
         interpret=interpret,
         name="mla_attention_forward",
-    )(*document_ranges(operands.segments, cells), *operands, operands.segments)
+    )
+    ranges = document_ranges(operands.segments, cells)
+    return tuple(call(*ranges, *operands, operands.segments))
 
 
 def _kernel(*refs: Any, cells: Cells) -> None:
