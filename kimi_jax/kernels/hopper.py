@@ -1,6 +1,6 @@
 """What the Mosaic GPU kernels for Hopper share: products, a ring of blocks, and what they ask for.
 
-A kernel has `COMPUTE` warpgroups that calculate and one that copies. The copying one fills a ring of
+A kernel has `COMPUTE` warpgroups that calculate and one that copies. That one fills a ring of
 blocks in shared memory with the tensor memory accelerator; `full` tells when a slot holds its
 block, `empty` when all that calculate are done with it. Interpreted on a CPU the same barriers,
 copies, loops and masks run; only products are then JAX's own, since JAX 0.12's interpreter has
@@ -27,12 +27,13 @@ _COPY_REGISTERS = 40
 _CAPABILITY = "9.0"
 _HOPPERS = ("h100", "h200")  # of `target_chip`
 
+
 def require(kernel_name: str, dtype: Any) -> None:
     """Raises `NotImplementedError` unless a program is for a Hopper GPU, and in bfloat16."""
     if dtype != jnp.bfloat16:
         raise NotImplementedError(
-            f"{kernel_name}: 'pallas_gpu' takes bfloat16, got {dtype}; cast the operands, or choose "
-            "'auto' in compute.implementation"
+            f"{kernel_name}: 'pallas_gpu' takes bfloat16, got {dtype}; cast the operands, or "
+            "choose 'auto' in compute.implementation"
         )
     # A device that is not there has a name, one that is there also says what it can do.
     here = jax.devices()[0]

@@ -16,10 +16,10 @@ from tests.support.gradients import (
     value_and_gradients,
 )
 
-# Blocks have 128 and 64 positions: three tiles, the last of two positions, so that rings are reused
-# and blocks lie before, on and behind the diagonal.
-_CASE = cases.Case(batch=1, positions=258, heads=2, nope=64, rope=64, value=64, documents=3)
-_WIDE = cases.Case(batch=2, positions=70, heads=1, nope=128, rope=64, value=128, documents=2)
+# Tiles have 128 positions, blocks 128 or 64: they lie before, on and behind the diagonal.
+_TWO_TILES = cases.Case(batch=1, positions=200, heads=2, nope=64, rope=64, value=64, documents=3)
+_WIDE = cases.Case(batch=1, positions=70, heads=1, nope=128, rope=64, value=128, documents=2)
+_THREE_TILES = cases.Case(batch=2, positions=258, heads=1, nope=64, rope=64, value=64, documents=2)
 
 
 def _run(operands, segments, d_out, dtype):
@@ -39,7 +39,7 @@ def _run(operands, segments, d_out, dtype):
 )
 class MlaAttentionPallasGpuInterpretedTest(parameterized.TestCase):
     @parameterized.parameters(
-        (_CASE, jnp.float32, FLOAT32_TOLERANCE), (_WIDE, jnp.bfloat16, BFLOAT16_TOLERANCE)
+        (_TWO_TILES, jnp.float32, FLOAT32_TOLERANCE), (_WIDE, jnp.bfloat16, BFLOAT16_TOLERANCE)
     )
     def test_output_maximum_and_gradients_equal_float64(self, case, dtype, tolerance):
         operands, segments, d_out = attention_inputs(case)
@@ -50,7 +50,7 @@ class MlaAttentionPallasGpuInterpretedTest(parameterized.TestCase):
             assert_close(a, b, tolerance)
 
     def test_a_head_whose_logits_are_all_negative_has_a_negative_maximum(self):
-        operands, segments, _ = attention_inputs(_WIDE)
+        operands, segments, _ = attention_inputs(_THREE_TILES)
         q_nope, q_rope, k_nope, k_rope, value = operands
         operands = (1.0 + np.abs(q_nope), 0.0 * q_rope, -1.0 - np.abs(k_nope), k_rope, value)
         expected = attention_oracle(*operands, segments, value)[1]
@@ -66,9 +66,7 @@ class MlaAttentionPallasGpuInterpretedTest(parameterized.TestCase):
 
 class MlaAttentionPallasGpuTest(parameterized.TestCase):
     def test_widths_that_blocks_do_not_fit_raise(self):
-        operands = jax.eval_shape(
-            lambda: cases.operands(cases.TOY["one_block"], jax.random.key(0))
-        )
+        operands = jax.eval_shape(lambda: cases.operands(cases.TOY["one_block"], jax.random.key(0)))
         with self.assertRaisesRegex(NotImplementedError, "got 8, 4 and 6"):
             jax.eval_shape(
                 functools.partial(pallas_gpu.mla_attention, scale=SCALE, interpret=True), **operands

@@ -25,8 +25,8 @@ from jaxtyping import Array
 
 from kimi_jax.kernels import hopper
 from kimi_jax.kernels import hopper_softmax as softmaxes
-from kimi_jax.kernels.hopper_softmax import F32, LOG2_E
 from kimi_jax.kernels.hopper import COMPUTE, ROWS, Factors, Sum
+from kimi_jax.kernels.hopper_softmax import F32, LOG2_E
 from kimi_jax.kernels.mla_attention import pallas_gpu_blocks as blocks
 from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import TILE, Keys, Queries
 

@@ -13,6 +13,7 @@ from kimi_jax.kernels.hopper_softmax import MASKED, along_columns, along_rows
 
 TILE = COMPUTE * ROWS  # positions of a thread block
 
+
 class Keys(NamedTuple):
     """Arrays, or their part that is in shared memory."""
 

@@ -83,9 +83,9 @@ def mla_decode(
 def _check_widths(latent: int, rope: int) -> None:
     if latent % (COMPUTE * _COLUMNS) or latent > _MOST_LATENTS or rope != _COLUMNS:
         raise NotImplementedError(
-            f"mla_decode: 'pallas_gpu' takes latents of a multiple of {COMPUTE * _COLUMNS} columns, "
-            f"at most {_MOST_LATENTS}, and rotated keys of {_COLUMNS}; got {latent} and {rope}; "
-            "choose 'auto' in compute.implementation"
+            f"mla_decode: 'pallas_gpu' takes latents of a multiple of {COMPUTE * _COLUMNS} "
+            f"columns, at most {_MOST_LATENTS}, and rotated keys of {_COLUMNS}; got {latent} and "
+            f"{rope}; choose 'auto' in compute.implementation"
         )
 
 
