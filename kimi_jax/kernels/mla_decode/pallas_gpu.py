@@ -32,6 +32,7 @@ _SLOTS = 2  # of the ring
 _MULTIPROCESSORS = 132  # of an H100 or H200
 _COLUMNS = 64  # that are set to zero at once; a multiple of it may be wide
 _MOST_LATENTS = 512
+_LEAST = 1e-30  # of a sum; that of a split without positions is zero
 
 
 class _Scratch(NamedTuple):
@@ -125,61 +126,81 @@ def _decode_splits(
     return run(*operands)
 
 
-def _decode_split(*refs, num_splits: int, scale: float, interpret: bool) -> None:
-    q_latent, q_rope, latents, k_rope, lengths, out, log_sum = refs[:7]
-    scratch = _Scratch(*refs[7:])
+class _Place(NamedTuple):
+    """What a thread block decodes."""
+
+    sequence: Array
+    split: Array
+    heads: Any  # 64 of them
+    length: Array  # of the sequence
+    first: Array  # block of the split
+    num_steps: Array  # blocks of the split
+
+
+def _place(lengths: Any, num_splits: int) -> _Place:
     split, sequence = jax.lax.axis_index("split"), jax.lax.axis_index("sequence")
-    heads = pl.ds(jax.lax.axis_index("heads") * ROWS, ROWS)
     length = lengths[sequence]
     num_blocks = jax.lax.div(length + (_BLOCK - 1), _BLOCK)
-    first = jax.lax.div(split * num_blocks, num_splits)
-    num_steps = jax.lax.div((split + 1) * num_blocks, num_splits) - first
+    first, end = (jax.lax.div((split + i) * num_blocks, num_splits) for i in (0, 1))
+    heads = pl.ds(jax.lax.axis_index("heads") * ROWS, ROWS)
+    return _Place(sequence, split, heads, length, first, end - first)
+
+
+def _decode_split(*refs, num_splits: int, scale: float, interpret: bool) -> None:
+    *arrays, lengths, out, log_sum = refs[:7]
+    scratch = _Scratch(*refs[7:])
+    place = _place(lengths, num_splits)
     width = out.shape[3] // COMPUTE
-
-    def copy():
-        parts = [pl.ds(i * width, width) for i in range(COMPUTE)]
-        sources = [q_latent.at[sequence, heads, part] for part in parts]
-        targets = [scratch.q_latent.at[i] for i in range(COMPUTE)]
-        hopper.copy_in(
-            (*sources, q_rope.at[sequence, heads]), (*targets, scratch.q_rope), scratch.q_arrived
-        )
-
-        def copies(step, slot, barrier):
-            rows = pl.ds((first + step) * _BLOCK, _BLOCK)
-            sources = [latents.at[sequence, rows, part] for part in parts]
-            targets = [scratch.latents.at[slot, i] for i in range(COMPUTE)]
-            hopper.copy_in(
-                (*sources, k_rope.at[sequence, rows]),
-                (*targets, scratch.k_rope.at[slot]),
-                barrier,
-            )
-
-        scratch.ring.fill(num_steps, copies)
+    target = (place.sequence, place.split, place.heads)
 
     def compute(warpgroup):
         plgpu.barrier_wait(scratch.q_arrived)
 
         def visit(step, slot, softmax, is_last):
-            used = length - (first + step) * _BLOCK if is_last else None
+            used = place.length - (place.first + step) * _BLOCK if is_last else None
             return _visit(scratch, slot, warpgroup, softmax, used, scale, interpret)
 
-        last = jnp.maximum(num_steps - 1, 0)
+        last = jnp.maximum(place.num_steps - 1, 0)
         softmax = softmaxes.empty_softmax(width)
         softmax = scratch.ring.use(0, last, softmax, functools.partial(visit, is_last=False))
-        softmax = scratch.ring.use(last, num_steps, softmax, functools.partial(visit, is_last=True))
+        softmax = scratch.ring.use(
+            last, place.num_steps, softmax, functools.partial(visit, is_last=True)
+        )
+        # The output takes the place of the queries, which both warpgroups read.
         plgpu.barrier_arrive(scratch.q_done)
         plgpu.barrier_wait(scratch.q_done)
-        part = out.at[sequence, split, heads, pl.ds(warpgroup * width, width)]
+        part = out.at[(*target, pl.ds(warpgroup * width, width))]
         _store(scratch.q_latent.at[warpgroup], softmax, part)
 
         @pl.when(warpgroup == 0)
         def _():
-            total = softmax.total
-            found = softmax.largest / LOG2_E + jnp.log(jnp.maximum(total, 1e-30))
-            scratch.log_sum[...] = jnp.where(total > 0.0, found, MASKED)
-            hopper.copy_out((scratch.log_sum,), (log_sum.at[sequence, split, heads],))
+            found = softmax.largest / LOG2_E + jnp.log(jnp.maximum(softmax.total, _LEAST))
+            scratch.log_sum[...] = jnp.where(softmax.total > 0.0, found, MASKED)
+            hopper.copy_out((scratch.log_sum,), (log_sum.at[target],))
 
-    hopper.specialise(compute, copy)
+    hopper.specialise(compute, lambda: _copy(arrays, scratch, place))
+
+
+def _copy(arrays: list[Any], scratch: _Scratch, place: _Place) -> None:
+    """Brings the queries, then the blocks of the split; latents as each warpgroup's columns."""
+    q_latent, q_rope, latents, k_rope = arrays
+    width = q_latent.shape[2] // COMPUTE
+    parts = [pl.ds(i * width, width) for i in range(COMPUTE)]
+
+    def copy_in(of_latents, of_rope, rows, targets, barrier):
+        sources = [of_latents.at[place.sequence, rows, part] for part in parts]
+        sources.append(of_rope.at[place.sequence, rows])
+        hopper.copy_in(sources, targets, barrier)
+
+    targets = [scratch.q_latent.at[i] for i in range(COMPUTE)]
+    copy_in(q_latent, q_rope, place.heads, (*targets, scratch.q_rope), scratch.q_arrived)
+
+    def copies(step, slot, barrier):
+        rows = pl.ds((place.first + step) * _BLOCK, _BLOCK)
+        targets = [scratch.latents.at[slot, i] for i in range(COMPUTE)]
+        copy_in(latents, k_rope, rows, (*targets, scratch.k_rope.at[slot]), barrier)
+
+    scratch.ring.fill(place.num_steps, copies)
 
 
 def _visit(scratch, slot, warpgroup, softmax, used, scale, interpret):
@@ -214,6 +235,6 @@ def _clear(values: Any, used: Array) -> None:
 
 def _store(ref: Any, softmax: softmaxes.Softmax, target: Any) -> None:
     total, weighted = softmax.total, softmax.weighted
-    inverse = jnp.where(total > 0.0, 1.0 / jnp.maximum(total, 1e-30), 0.0)
+    inverse = jnp.where(total > 0.0, 1.0 / jnp.maximum(total, _LEAST), 0.0)
     ref[...] = (weighted * softmaxes.along_rows(inverse, weighted.shape)).astype(ref.dtype)
     hopper.copy_out((ref,), (target,))
