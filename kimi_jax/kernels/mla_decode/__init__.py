@@ -8,12 +8,13 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.checks import check_same_dtype, check_shapes
-from kimi_jax.kernels.mla_decode import pallas_tpu, reference, xla
+from kimi_jax.kernels.mla_decode import pallas_gpu, pallas_tpu, reference, xla
 from kimi_jax.kernels.selection import select
 
 _AVAILABLE = {
     Implementation.XLA: xla.mla_decode,
     Implementation.PALLAS_TPU: pallas_tpu.mla_decode,
+    Implementation.PALLAS_GPU: pallas_gpu.mla_decode,
     Implementation.REFERENCE: reference.mla_decode,
 }
 _FASTEST = {
