@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kimi_jax.kernels.mla_decode import cases as decode_cases
-from kimi_jax.kernels.mla_decode import mla_decode
 
 from kimi_jax.kernels.grouped_matmul import cases as grouped_cases
 from kimi_jax.kernels.grouped_matmul import grouped_matmul
@@ -18,6 +16,8 @@ from kimi_jax.kernels.int4_matmul import cases as int4_cases
 from kimi_jax.kernels.int4_matmul import int4_matmul
 from kimi_jax.kernels.mla_attention import cases as attention_cases
 from kimi_jax.kernels.mla_attention import mla_attention
+from kimi_jax.kernels.mla_decode import cases as decode_cases
+from kimi_jax.kernels.mla_decode import mla_decode
 from kimi_jax.quantization.fake_quant import dense
 from kimi_jax.quantization.int4 import dequantize
 
