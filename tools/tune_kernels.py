@@ -8,6 +8,7 @@ prediction ranks; it is no measurement. For a GPU, which must be there, every ch
 best of each case goes into kimi_jax/kernels/tile_tables/<chip>.json, beside what that holds.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -26,6 +27,7 @@ from rich.table import Table
 
 import kimi_jax.kernels
 from kimi_jax.analysis import costs, schedules
+from kimi_jax.core.errors import ConfigError, require
 from kimi_jax.kernels import stationary
 from kimi_jax.kernels.int4_fake_quant import cases as int4_fake_quant_cases
 from kimi_jax.kernels.int4_fake_quant import pallas_tpu as int4_fake_quant
@@ -45,6 +47,7 @@ _TABLES = pathlib.Path(kimi_jax.kernels.__path__[0]) / "tile_tables"
 _ARRANGEMENTS = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
 _PLAIN = "bfloat16_matmul"  # tried only if named, and never written
 _TIMED_CALLS = 20
+_REASON = 300  # characters of an error that are shown
 _MICRO = 1e6
 
 
@@ -75,8 +78,7 @@ def main(argv: list[str]) -> None:
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         run = _timer() if chip in topologies.GPU_KINDS else _predictor(chip, pathlib.Path(folder))
-        jobs = list(_jobs(chip))
-        results = _run_all(jobs, run, console)
+        results = _run_all(list(_jobs(chip)), run, console)
     _print(results, chip, console)
     if _WRITE.value:
         file = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _TABLES / f"{chip}.json"
@@ -93,7 +95,9 @@ def _jobs(chip: str) -> Iterator[Job]:
         folder = pathlib.Path(kimi_jax.kernels.__path__[0]) / package.name
         if not (folder / f"{module_name}.py").is_file():
             continue
-        module = importlib.import_module(f"kimi_jax.kernels.{package.name}.{module_name}")
+        has_own = (folder / f"{module_name}_tuning.py").is_file()
+        file = f"{module_name}_tuning" if has_own else module_name
+        module = importlib.import_module(f"kimi_jax.kernels.{package.name}.{file}")
         cases = importlib.import_module(f"kimi_jax.kernels.{package.name}.cases").KIMI_K2
         for kernel, tunable in getattr(module, "TUNABLE", {}).items():
             if re.fullmatch(_KERNELS.value, kernel):
@@ -116,7 +120,12 @@ def _plain_product() -> Tunable:
             interpret=False,
         )
 
-    return int4_fake_quant.TUNABLE["int4_fake_quant"]._replace(run=run)
+    like = int4_fake_quant.TUNABLE["int4_fake_quant"]
+
+    def frequencies(case: Any, chip: str, tiles: Mapping[str, int]) -> dict[str, Any]:
+        return {_PLAIN: like.frequencies(case, chip, tiles)["int4_fake_quant"]}
+
+    return like._replace(run=run, frequencies=frequencies)
 
 
 def _jobs_of(kernel: str, tunable: Tunable, cases: dict, chip: str) -> Iterator[Job]:
@@ -128,18 +137,27 @@ def _jobs_of(kernel: str, tunable: Tunable, cases: dict, chip: str) -> Iterator[
 
 
 def _run_all(jobs: list[Job], run: Callable[[Job], Result], console: Console) -> list[Result]:
+    """Runs all jobs, or those before an interruption (Ctrl-C)."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    results = []
-    with Progress(*columns, console=console) as progress:
+    results: list[Result] = []
+    stop = contextlib.suppress(KeyboardInterrupt)  # what was tried until then is kept
+    with stop, Progress(*columns, console=console) as progress:
         task = progress.add_task("tuning", total=len(jobs))
         for job in jobs:
             progress.update(task, description=f"{job.kernel} {job.name} {_shown(job.tiles)}")
             results.append(run(job))
+            if results[-1].seconds is None:
+                console.print(
+                    f"failed: {job.kernel} {job.name} {_shown(job.tiles)}: {results[-1].remark}",
+                    soft_wrap=True,
+                    highlight=False,
+                    markup=False,
+                )
             progress.advance(task)
     return results
 
@@ -159,23 +177,42 @@ def _predictor(chip: str, folder: pathlib.Path) -> Callable[[Job], Result]:
             compiled = topologies.compile_for(
                 device, lambda operands: job.tunable.run(operands, job.tiles), operands
             )
-        except jax.errors.JaxRuntimeError as error:
+            executed = _executed(job, chip, folder)
+        except (jax.errors.JaxRuntimeError, ConfigError) as error:
             return Result(job, None, _reason(error))
-        shares = job.tunable.branch_shares(job.case, job.tiles)
-        found = schedules.read_folder(folder).values()
-        executed = sum(schedules.bundles(schedule, shares) for schedule in found)
-        counted = compiled.cost_analysis()
+        flops, moved = _work(job, compiled)
         predicted = schedules.predict(
             executed,
             schedules.CLOCKS[chip],
             costs.CHIPS[chip],
-            flops=counted["flops"],
-            moved_bytes=counted["bytes accessed"],
+            flops=flops,
+            moved_bytes=moved,
         )
         remark = f"{predicted.limit}; {executed:,.0f} bundles a core"
         return Result(job, predicted.seconds, remark, executed)
 
     return predict
+
+
+def _executed(job: Job, chip: str, folder: pathlib.Path) -> float:
+    """Sums the bundles of all kernels of a job."""
+    found = schedules.read_folder(folder)
+    known = job.tunable.frequencies(job.case, chip, job.tiles)
+    require(
+        found.keys() == known.keys(),
+        f"kernels {sorted(found)} were compiled, and frequencies are given for {sorted(known)}; "
+        "name in TUNABLE those that run",
+    )
+    return sum(schedules.bundles(found[name], known[name]) for name in found)
+
+
+def _work(job: Job, compiled: Any) -> tuple[float, float]:
+    """Returns operations, and bytes of main memory."""
+    if job.tunable.cost is not None:
+        cost = job.tunable.cost(job.case, job.tiles)
+        return cost.flops, cost.bytes
+    counted = compiled.cost_analysis()
+    return counted["flops"], counted["bytes accessed"]
 
 
 def _timer() -> Callable[[Job], Result]:
@@ -199,7 +236,8 @@ def _timer() -> Callable[[Job], Result]:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0][:60]
+    """Returns an error as one line."""
+    return " ".join(str(error).split())[:_REASON]
 
 
 def _shown(tiles: Mapping[str, int]) -> str:
@@ -223,8 +261,8 @@ def _print(results: list[Result], chip: str, console: Console) -> None:
     for heading in ("kernel", "case", "tiles", "microseconds", "limited by"):
         table.add_column(heading, justify="right" if heading == "microseconds" else "left")
     for (kernel, name), group in _by_case(results).items():
-        for result in group[: _SHOWN.value]:
-            value = "-" if result.seconds is None else f"{result.seconds * _MICRO:.1f}"
+        for result in [r for r in group if r.seconds is not None][: _SHOWN.value]:
+            value = f"{result.seconds * _MICRO:.1f}"
             table.add_row(kernel, name, _shown(result.job.tiles), value, result.remark)
     console.print(table)
 

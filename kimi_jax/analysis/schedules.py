@@ -2,8 +2,10 @@
 
 libtpu writes the final instruction bundles of every kernel it compiles, if asked. A bundle is what
 all units of a core do in one cycle, so that bundles times trips, divided by the clock, is the time
-of a kernel that waits for nothing. That ranks variants of a kernel. It is no measurement: waiting
-for memory is only seen as bytes over the bandwidth, and nothing is known of stalls.
+of a kernel that waits for nothing. How often branches are taken, and how long loops are that the
+operands decide on, the schedule does not say: who knows the operands does. That ranks variants of
+a kernel. It is no measurement: waiting for memory is only seen as bytes over the bandwidth, and
+nothing is known of stalls.
 """
 
 import pathlib
@@ -19,27 +21,31 @@ CLOCKS: Mapping[str, float] = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "tpu7
 
 # A pipelined loop over a grid goes twice more than the grid has steps: to fetch ahead, to store.
 _PIPELINE_STAGES = 2
-# Branches with fewer bundles are the pipeline's own and are counted as always taken.
-_LEAST_BRANCH = 40
+# Branches with fewer bundles are counted as always taken.
+_LEAST_BRANCH = 16
 
 _BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})?\s*:\s*((?:> *)*)\{")
 _EXIT_TEST = re.compile(r"scmp\.ge\.s32\.totalorder %\S+, (\d+) /\* loop exit test")
 _PIPELINED = "iteration index, stage = 2"
 _JUMP = re.compile(r"sbr\.rel \(!?%\w+\) *target = \$region(\d+)")
 _LABEL = re.compile(r"(?:empty region|Start region|End region) (\d+)")
+_COPY = re.compile(r"= dma\.")  # what the pipeline's own branches hold, and kernels' do not
 _KERNEL = re.compile(r"exit bundle: %(\S+) = custom-call")
 
 
 class Schedule(NamedTuple):
-    """Bundles that one core executes.
+    """A part of a kernel: a loop, a branch, or all of it.
 
     Attributes:
-      always: outside the kernel's own branches.
-      branches: inside each of them, if every step of the grid took it.
+      runs: how often it runs, each time that what is around it runs; None where the kernel's
+        operands decide: for a branch, and for a loop without a constant number of trips.
+      own: bundles outside the parts.
+      parts: loops and branches inside, in the order of the program.
     """
 
-    always: int
-    branches: tuple[int, ...]
+    runs: int | None
+    own: int
+    parts: tuple["Schedule", ...] = ()
 
 
 class Prediction(NamedTuple):
@@ -53,6 +59,15 @@ class _Line(NamedTuple):
     text: str
     depth: int
     starts_loop: bool
+
+
+class _Region(NamedTuple):
+    """Bundles `first` to before `last`; see `Schedule.runs`."""
+
+    first: int
+    last: int
+    runs: int | None
+    is_loop: bool
 
 
 def dump_options(folder: str) -> str:
@@ -71,47 +86,50 @@ def clear(folder: pathlib.Path) -> None:
 
 
 def read_folder(folder: pathlib.Path) -> dict[str, Schedule]:
-    """Returns the schedule of each Pallas kernel that was compiled, by its name."""
+    """Returns the schedule of each Pallas kernel that was compiled, by the name it was given."""
     found = {}
     for file in sorted(folder.glob("*final_bundles.txt")):
         text = file.read_text()
         name = _KERNEL.search(text)
         if name is not None:
-            found[name.group(1)] = read(text)
+            found[name.group(1).partition(".")[0]] = read(text)
     return found
 
 
 def read(text: str) -> Schedule:
-    """Counts the bundles of a kernel, times the trips of the loops around them.
+    """Returns the loops and branches of a kernel, and their bundles.
 
     Raises:
-      ConfigError: a loop's number of trips is not in the schedule.
+      ConfigError: a loop has several exit tests.
     """
     lines = list(_bundles(text))
-    trips = _trips(lines)
-    branches = _branches(lines)
-    inside = [False] * len(lines)
-    for first, last in branches:
-        inside[first:last] = [True] * (last - first)
-    return Schedule(
-        always=sum(trip for trip, hidden in zip(trips, inside, strict=True) if not hidden),
-        branches=tuple(sum(trips[first:last]) for first, last in branches),
-    )
+    loops = [loop for depth in _depths(lines) for loop in _loops(lines, depth)]
+    branches = [b for b in _branches(lines) if not _only_guards(b, loops)]
+    # What is around others comes first.
+    regions = sorted(loops + branches, key=lambda r: (r.first, -r.last))
+    return _nest(_Region(0, len(lines), 1, is_loop=False), regions)
 
 
-def bundles(schedule: Schedule, shares: Sequence[float]) -> float:
-    """Counts the bundles executed when each branch is taken in a share of the grid's steps.
+def bundles(schedule: Schedule, frequencies: Sequence[float]) -> float:
+    """Counts the bundles that one core executes.
+
+    Args:
+      schedule: of the kernel.
+      frequencies: for each branch, in which share of the times that it is met it is taken; for each
+        loop of no constant length, its mean trips. In the order of the program, and what is around
+        before what is inside.
 
     Raises:
-      ConfigError: there are not as many shares as branches.
+      ConfigError: there are not as many frequencies as such branches and loops.
     """
+    unknown = _unknown(schedule)
     require(
-        len(shares) == len(schedule.branches),
-        f"the schedule has {len(schedule.branches)} branches of at least {_LEAST_BRANCH} bundles, "
-        f"and {len(shares)} shares were given; give one for each `pl.when` that the compiler left",
+        len(frequencies) == unknown,
+        f"the schedule has {unknown} branches of at least {_LEAST_BRANCH} bundles and loops of no "
+        f"constant length, and {len(frequencies)} frequencies were given; give one for each "
+        "`pl.when` and each such loop that the compiler left",
     )
-    taken = zip(schedule.branches, shares, strict=True)
-    return schedule.always + sum(branch * share for branch, share in taken)
+    return _executed(schedule, iter(frequencies))
 
 
 def predict(
@@ -145,60 +163,92 @@ def _bundles(text: str) -> Iterator[_Line]:
         yield line
 
 
-def _trips(lines: Sequence[_Line]) -> list[int]:
-    """Returns for each bundle the product of the trips of all loops around it."""
-    trips = [1] * len(lines)
-    for depth in range(1, max((line.depth for line in lines), default=0) + 1):
-        for first, last in _loops(lines, depth):
-            count = _trips_of_loop(lines[first:last], depth)
-            for i in range(first, last):
-                trips[i] *= count
-    return trips
+def _unknown(schedule: Schedule) -> int:
+    return (schedule.runs is None) + sum(map(_unknown, schedule.parts))
 
 
-def _loops(lines: Sequence[_Line], depth: int) -> Iterator[tuple[int, int]]:
-    """Yields the ranges of the loops at a depth."""
+def _executed(schedule: Schedule, frequencies: Iterator[float]) -> float:
+    runs = next(frequencies) if schedule.runs is None else schedule.runs
+    return runs * (schedule.own + sum(_executed(part, frequencies) for part in schedule.parts))
+
+
+def _nest(outer: _Region, inside: Sequence[_Region]) -> Schedule:
+    """Returns the part that a region is, given those inside it in the order of the program."""
+    parts, own, i = [], outer.last - outer.first, 0
+    while i < len(inside):
+        region = inside[i]
+        end = i + 1
+        while end < len(inside) and inside[end].first < region.last:
+            end += 1
+        parts.append(_nest(region, inside[i + 1 : end]))
+        own -= region.last - region.first
+        i = end
+    return Schedule(outer.runs, own, tuple(parts))
+
+
+def _depths(lines: Sequence[_Line]) -> range:
+    return range(1, max((line.depth for line in lines), default=0) + 1)
+
+
+def _loops(lines: Sequence[_Line], depth: int) -> Iterator[_Region]:
+    """Yields the loops at a depth."""
     first = None
-    for i, line in enumerate(lines):
+    for i, line in enumerate([*lines, _Line("", 0, starts_loop=False)]):
         ends = line.depth < depth or (line.depth == depth and line.starts_loop)
         if first is not None and ends:
-            yield first, i
+            # What does not start as a loop is the rest of one, unrolled.
+            if lines[first].starts_loop:
+                yield _Region(first, i, _trips(lines[first:i], depth), is_loop=True)
             first = None
         if first is None and line.depth >= depth:
             first = i
-    if first is not None:
-        yield first, len(lines)
 
 
-def _trips_of_loop(body: Sequence[_Line], depth: int) -> int:
-    if not body[0].starts_loop:
-        return 1  # the rest of what was a loop, unrolled
+def _trips(body: Sequence[_Line], depth: int) -> int | None:
+    """Returns the trips of a loop, None where they are not constant."""
     own = [line.text for line in body if line.depth == depth]
     tests = [int(n) for text in own for n in _EXIT_TEST.findall(text)]
-    if len(tests) != 1:
+    if len(tests) > 1:
         raise ConfigError(
-            f"a loop of {len(body)} bundles at depth {depth} has {len(tests)} exit tests against a "
-            "constant, not one; only loops with a fixed number of trips can be predicted"
+            f"a loop of {len(body)} bundles at depth {depth} has {len(tests)} exit tests against "
+            "a constant; only loops with one can be predicted"
         )
+    if not tests:
+        return None
     pipelined = any(_PIPELINED in text for text in own)
     return tests[0] - _PIPELINE_STAGES if pipelined else tests[0]
 
 
-def _branches(lines: Sequence[_Line]) -> list[tuple[int, int]]:
-    """Returns the ranges of the kernel's own branches: those inside the branch that is a step."""
+def _branches(lines: Sequence[_Line]) -> list[_Region]:
+    """Returns the kernel's own branches: those inside the branch that is a step of the grid."""
     labels: dict[str, int] = {}
     for i, line in enumerate(lines):
         for label in _LABEL.findall(line.text):
             labels.setdefault(label, i)
     found = [
-        (i + 1, labels[target])
+        _Region(i + 1, labels[target], None, is_loop=False)
         for i, line in enumerate(lines)
         for target in _JUMP.findall(line.text)
         if labels.get(target, 0) - i > _LEAST_BRANCH
     ]
-    nested = [b for b in found if any(_within(b, other) for other in found)]
-    return [b for b in nested if not any(_within(b, other) for other in nested)]
+    return [
+        branch
+        for branch in found
+        if any(_within(branch, other) for other in found)
+        and not any(_COPY.search(line.text) for line in lines[branch.first : branch.last])
+    ]
 
 
-def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
-    return inner != outer and outer[0] <= inner[0] and inner[1] <= outer[1]
+def _only_guards(branch: _Region, loops: Sequence[_Region]) -> bool:
+    """Whether a branch only asks if a loop has any trips, which its mean trips say as well."""
+    size = branch.last - branch.first
+    return any(
+        loop.runs is None
+        and _within(loop, branch)
+        and size - (loop.last - loop.first) < _LEAST_BRANCH
+        for loop in loops
+    )
+
+
+def _within(inner: _Region, outer: _Region) -> bool:
+    return inner[:2] != outer[:2] and outer.first <= inner.first and inner.last <= outer.last

@@ -4,6 +4,7 @@ import tempfile
 from absl.testing import absltest
 
 from kimi_jax.analysis import costs, schedules
+from kimi_jax.analysis.schedules import Schedule
 from kimi_jax.core.errors import ConfigError
 
 _STEP = 100  # bundles of each branch below
@@ -45,24 +46,65 @@ def _kernel(exit_test=10):
     )
 
 
+def _kernel_with_loops():
+    """An excerpt: a grid of 6 steps, a loop of 4 trips, in it one that the operands end."""
+    return "\n".join(
+        [
+            "     0   :  { %7 = vsyncpa [#allocation4], 0 }",
+            "   0x7 LB: > { %s2 = sadd.s32 4294967294, %s72 /* iteration index, stage = 2 */ }",
+            "   0x8   : > { %165 = sbr.rel (%p12_p12) target = $region28 }",
+            "   0x9 LB: > > { %s3 = sphi 0, %s4 }",
+            "   0xa   : > > { %17 = sbr.rel (%p14_p7) target = $region34 }",
+            "   0xb LB: > > > { %84 = sbr.rel (%p12_p4) target = $region94 }",
+            *_bundles(50, 3),
+            "  0x3c   : > > > { %85 = sbr.rel (%p63_p7) target = $region98 } /* End region 94 */",
+            *_bundles(60, 3),
+            "  0x7a   : > > { %86 = sbr.rel (!%p1_p1) target = $region24 } /* End region 98 */",
+            "  0x7b   : > > { %p4 = scmp.ge.s32.totalorder %s1_s4, 4 /* loop exit test */ } "
+            "/* End region 34 */",
+            "  0x7c   : > { %p5 = scmp.ge.s32.totalorder %s6_s1, 8 /* loop exit test */ } "
+            "/* End region 28 */",
+            "  0x7d   : > { %18 = sbr.rel (!%p16_p10) target = $region86 }",
+            " 0x200   :  { %1 = vsyncpa [#a], 1 } /* exit bundle: %my_loops.1 = custom-call() */",
+        ]
+    )
+
+
 class SchedulesTest(absltest.TestCase):
     def test_a_grids_bundles_count_once_a_step_and_its_branches_apart(self):
         schedule = schedules.read(_kernel())
-        self.assertEqual(schedule.branches, (8 * _STEP, 8 * 2 * _STEP))
-        # The first and the last bundle; in each step 12, and 3 of a branch too small to be one.
-        self.assertEqual(schedule.always, 2 + 8 * 15)
+        branches = [Schedule(None, _STEP), Schedule(None, 2 * _STEP)]
+        # In each step 12, and 3 of a branch of the pipeline's own.
+        grid = Schedule(8, 15, tuple(branches))
+        # The first and the last bundle.
+        self.assertEqual(schedule, Schedule(1, 2, (grid,)))
 
     def test_branches_count_by_the_share_of_steps_that_takes_them(self):
-        schedule = schedules.Schedule(always=50, branches=(800, 1600))
-        self.assertEqual(schedules.bundles(schedule, (0.25, 0.75)), 50 + 200 + 1200)
+        schedule = schedules.read(_kernel())
+        executed = schedules.bundles(schedule, (0.25, 0.75))
+        self.assertEqual(executed, 2 + 8 * (15 + 0.25 * _STEP + 0.75 * 2 * _STEP))
 
-    def test_a_share_for_each_branch_is_demanded(self):
-        with self.assertRaisesRegex(ConfigError, "has 2 branches .* and 1 shares were given"):
+    def test_a_frequency_for_each_branch_is_demanded(self):
+        with self.assertRaisesRegex(ConfigError, "has 2 branches .* and 1 frequencies were given"):
             schedules.bundles(schedules.read(_kernel()), (0.5,))
 
-    def test_a_loop_of_unknown_length_is_refused(self):
-        with self.assertRaisesRegex(ConfigError, "has 0 exit tests against a constant"):
-            schedules.read(_kernel(exit_test=None))
+    def test_a_dynamic_loop_goes_by_its_mean_trips_and_its_guard_is_no_branch(self):
+        schedule = schedules.read(_kernel_with_loops())
+        cells = (Schedule(None, 50), Schedule(None, 60))
+        # In the outer loop: its first bundle and its test, and two of the guard that it holds.
+        inner = Schedule(None, 2, cells)
+        self.assertEqual(schedule, Schedule(1, 2, (Schedule(6, 4, (Schedule(4, 4, (inner,)),)),)))
+        executed = schedules.bundles(schedule, (2.5, 0.75, 0.25))
+        self.assertEqual(executed, 2 + 6 * (4 + 4 * (4 + 2.5 * (2 + 0.75 * 50 + 0.25 * 60))))
+
+    def test_a_dynamic_loop_of_unknown_mean_trips_is_refused(self):
+        with self.assertRaisesRegex(ConfigError, "has 1 branches .* loops .* and 0 frequencies"):
+            schedules.bundles(Schedule(1, 2, (Schedule(None, 3),)), ())
+
+    def test_a_loop_with_two_exit_tests_is_refused(self):
+        test = "  0x3   : > { %p1 = scmp.ge.s32.totalorder %s1_s1, 10 /* loop exit test */ }\n"
+        with self.assertRaisesRegex(ConfigError, "has 2 exit tests against a constant"):
+            schedules.read(f"  0x1 LB: > {{ %s1 = nop }}\n{test}{test}")
 
     def test_only_kernels_are_read_from_a_folder_and_by_their_names(self):
         with tempfile.TemporaryDirectory() as name:
@@ -70,7 +112,7 @@ class SchedulesTest(absltest.TestCase):
             (folder / "17-my_kernel.1-03-final_bundles.txt").write_text(_kernel())
             (folder / "17-TLP-03-final_bundles.txt").write_text("  0x1   :  {}\n")
             found = schedules.read_folder(folder)
-            self.assertEqual(found, {"my_kernel.1": schedules.read(_kernel())})
+            self.assertEqual(found, {"my_kernel": schedules.read(_kernel())})
             schedules.clear(folder)
             self.assertEqual(schedules.read_folder(folder), {})
 

@@ -1,11 +1,9 @@
 """Sizes of the tiles that the TPU's grouped products work in."""
 
-import itertools
 from collections.abc import Mapping
 
 from kimi_jax.core.platform import target_chip
 from kimi_jax.kernels import tile_table
-from kimi_jax.kernels.grouped_matmul.cases import Case
 
 Tiles = Mapping[str, int]
 
@@ -39,9 +37,7 @@ _SMALL_UNITS_MATRIX_BYTES = 7 * _MIB
 _LARGE_UNITS_MATRIX_BYTES = 14 * _MIB
 _LEAST_COLUMNS = 128
 
-_PARTS = (64, 128, 256)
-_ROWS = (256, 512)
-_COLUMNS = (512, 1024, 1792, 2048, 3584)
+COLUMNS = (512, 1024, 1792, 2048, 3584)
 
 
 def choose(
@@ -65,26 +61,6 @@ def choose(
     return {name: min(chosen[name], size) for name, size in whole.items()}
 
 
-def candidates(piece: str, case: Case, chip: str) -> list[dict[str, int]]:
-    """Returns the tiles of a case worth trying on a chip: those that fit its memory."""
-    names, sizes = ("columns",), (_COLUMNS,)
-    if piece == WEIGHT_GRADIENT:
-        names, sizes = ("inputs", "outputs"), (_COLUMNS, _COLUMNS)
-    ends = {"inputs": case.inputs, "outputs": case.outputs}
-    ends["columns"] = case.outputs if piece == FORWARD else case.inputs
-    contracted = case.inputs if piece == FORWARD else case.outputs
-    choices = [
-        dict(zip(("rows", "part", *names), chosen, strict=True))
-        for chosen in itertools.product(_ROWS, _PARTS, *sizes)
-    ]
-    return [
-        tiles
-        for tiles in choices
-        if all(ends[name] % tiles[name] == 0 for name in names)
-        and _vmem(tiles, contracted, case.int4) <= vmem_bytes(chip)
-    ]
-
-
 def vmem_bytes(chip: str | None) -> int:
     """Returns the VMEM that a kernel may use."""
     return _VMEM_BYTES.get(chip or "", _SMALLEST_VMEM_BYTES)
@@ -106,11 +82,11 @@ def _by_rule(piece: str, limits: Mapping[str, int], shape: Mapping[str, int]) ->
     limit = _LARGE_UNITS_MATRIX_BYTES if large else _SMALL_UNITS_MATRIX_BYTES
     widths = [
         columns
-        for columns in _COLUMNS
+        for columns in COLUMNS
         if limits["columns"] % columns == 0 and columns * contracted * _ITEM_BYTES <= limit
     ]
-    tiles["columns"] = max(widths, default=_COLUMNS[0])
-    while _vmem(tiles, contracted, int4) > vmem_bytes(chip):
+    tiles["columns"] = max(widths, default=COLUMNS[0])
+    while vmem(tiles, contracted, int4) > vmem_bytes(chip):
         if tiles["rows"] > tiles["part"]:
             tiles["rows"] //= 2
         elif tiles["columns"] > _LEAST_COLUMNS and not int4:
@@ -120,7 +96,7 @@ def _by_rule(piece: str, limits: Mapping[str, int], shape: Mapping[str, int]) ->
     return tiles
 
 
-def _vmem(tiles: Tiles, contracted: int, int4: bool) -> int:
+def vmem(tiles: Tiles, contracted: int, int4: bool) -> int:
     """Bytes of blocks, two of each that is streamed, of a made matrix and of sums."""
     rows = tiles["rows"]
     if "columns" not in tiles:

@@ -130,11 +130,14 @@ def _tunable(transposed: bool) -> Tunable:
         contracted, outputs = reversed(ends) if transposed else ends
         return stationary.candidates(_shape(case.rows, contracted, outputs), chip)
 
+    def frequencies(case: Case, chip: str, tiles: Mapping[str, int]) -> dict:
+        return {kernel.__name__: stationary.branch_shares(case.rows, Tiles(**tiles))}
+
     return Tunable(
         shape=lambda case: {"rows": case.rows, "inputs": case.inputs, "outputs": case.outputs},
         operands=operands,
         candidates=candidates,
-        branch_shares=lambda case, tiles: stationary.branch_shares(case.rows, Tiles(**tiles)),
+        frequencies=frequencies,
         run=lambda operands, tiles: kernel(operands["x"], operands["w"], tiles=tiles),
     )
 

@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.core.platform import target_chip
 from kimi_jax.kernels import tile_table
-from kimi_jax.kernels.mla_attention.cases import Case
 from kimi_jax.kernels.mla_attention.pallas_tpu_backward import Kept, backward
 from kimi_jax.kernels.mla_attention.pallas_tpu_cells import F32, VMEM_MIB, Operands
 from kimi_jax.kernels.mla_attention.pallas_tpu_forward import forward
@@ -32,7 +31,6 @@ _LANES = 128
 _BLOCK = 512  # positions, where no table says otherwise
 _PADDING = np.iinfo(np.int32).max  # document of padding
 _PANEL = 2048  # positions; longer ones save nothing more
-_BLOCKS = ("forward_queries", "forward_keys", "backward_queries", "backward_keys")
 
 
 def mla_attention(
@@ -92,25 +90,17 @@ def attend(
 def default_tiles(positions: int, nope: int, rope: int, value: int) -> dict[str, int]:
     """Returns the tabulated blocks, or ones that suit every chip, cut to a short sequence."""
     shape = {"rows": positions, "nope": nope, "rope": rope, "value": value}
-    blocks = tile_table.tiles("mla_attention", **shape) or dict.fromkeys(_BLOCKS, _BLOCK)
     enough = _LANES * 2 ** max(0, math.ceil(math.log2(positions / _LANES)))
-    blocks = {name: min(blocks[name], enough) for name in _BLOCKS}
-    return _with_panel(blocks, positions, target_chip())
+    blocks = {}
+    for direction in ("forward", "backward"):
+        found = tile_table.tiles(f"mla_attention_{direction}", **shape)
+        sizes = found or {"queries": _BLOCK, "keys": _BLOCK}
+        blocks |= {f"{direction}_{side}": min(sizes[side], enough) for side in ("queries", "keys")}
+    return with_panel(blocks, positions, target_chip())
 
 
-def candidates(case: Case, chip: str) -> list[dict[str, int]]:
-    """Returns tiles worth compiling: one shape of cell forward, one backward."""
-    fitting = [size for size in (256, 512, 1024) if size <= max(256, case.positions)]
-    return [
-        _with_panel(dict(zip(_BLOCKS, (q, k, q, k), strict=True)), case.positions, chip)
-        for q in fitting
-        for k in fitting
-        if q * k <= 1024 * 512
-    ]
-
-
-def _with_panel(blocks: dict[str, int], positions: int, chip: str | None) -> dict[str, int]:
-    """Adds the panel, and the memory of the chip."""
+def with_panel(blocks: dict[str, int], positions: int, chip: str | None) -> dict[str, int]:
+    """Adds the panel to blocks, and the memory of the chip."""
     panel = largest = max(blocks.values())
     # Longer panels where they need no more padding.
     while panel < _PANEL and -positions % (2 * panel) == -positions % largest:

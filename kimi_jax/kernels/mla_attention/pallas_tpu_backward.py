@@ -41,13 +41,11 @@ def backward(
     """Returns the gradients, none of the segments."""
     positions = operands.value.shape[2]
     width = operands.k_nope.shape[-1] + operands.k_rope.shape[-1]
-    # The sum in float32, and two buffers of the result.
-    queries_bytes = positions * width * (4 + 2 * operands.value.dtype.itemsize)
-    is_fused = queries_bytes <= tiles["vmem_mib"] * 2**20 // 2
+    fused = is_fused(positions, width, operands.value.dtype.itemsize, tiles["vmem_mib"])
     run = functools.partial(
-        keys_gradient, operands, kept, scale, tiles, interpret=interpret, with_queries=is_fused
+        keys_gradient, operands, kept, scale, tiles, interpret=interpret, with_queries=fused
     )
-    if is_fused:
+    if fused:
         dk_nope, dk_rope, d_value, dq_nope, dq_rope = run()
     else:
         dk_nope, dk_rope, d_value = run()
@@ -55,6 +53,11 @@ def backward(
     # Each head's share was rounded once, as the heads' own gradients are.
     dk_rope = jnp.sum(dk_rope, axis=1, dtype=F32).astype(dk_rope.dtype).transpose(0, 2, 1)
     return Operands(dq_nope, dq_rope, dk_nope, dk_rope, d_value, None)
+
+
+def is_fused(positions: int, width: int, itemsize: int, vmem_mib: int) -> bool:
+    """Whether the gradient of a head's queries fits: the float32 sum, the result twice."""
+    return positions * width * (4 + 2 * itemsize) <= vmem_mib * 2**20 // 2
 
 
 def keys_gradient(

@@ -11,7 +11,9 @@ the index of the block stays at the last one with positions, so that nothing mor
 ragged batch costs its own lengths, not the longest one.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import tile_table
+from kimi_jax.kernels.cost import Cost
+from kimi_jax.kernels.mla_decode import cases
+from kimi_jax.kernels.mla_decode.cases import Case
+from kimi_jax.kernels.tunable import Tiles, Tunable
 
 _MASKED = -1e30  # logit of an unused position; finite, so that differences of two are numbers
 _BLOCK = 2048  # positions, where no table says otherwise
+_BLOCKS = (512, 1024, 2048, 4096)
 _VMEM_MIB = 40  # of 64 or 128
 
 F32 = jnp.float32
@@ -136,3 +143,45 @@ def _kernel(lengths, q_latent, q_rope, latents, k_rope, out, *sums, block, scale
 def _product(a: Array, b: Array, contracting: tuple[int, int]) -> Array:
     dimensions = (((contracting[0],), (contracting[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=F32)
+
+
+def _frequencies(case: Case, chip: str, tiles: Tiles) -> dict[str, tuple[float, ...]]:
+    """Follows the kernel: sums set to zero, whole blocks, the block with the end, the output."""
+    del chip
+    block = tiles["block"]
+    columns = -(-case.positions // block)
+    steps = len(case.lengths) * columns
+    whole = sum(length // block for length in case.lengths) / steps
+    cut = sum(length % block > 0 for length in case.lengths) / steps
+    once = () if columns == 1 else (1 / columns,)
+    return {"mla_decode": (*once, whole, cut, *once)}
+
+
+def _cost(case: Case, tiles: Tiles) -> Cost:
+    """Counts whole blocks."""
+    block = tiles["block"]
+    lengths = tuple(math.ceil(length / block) * block for length in case.lengths)
+    return cases.cost(dataclasses.replace(case, lengths=lengths))
+
+
+def _run(operands: dict[str, Array], tiles: Tiles) -> Array:
+    width = operands["q_latent"].shape[-1] + operands["q_rope"].shape[-1]
+    return mla_decode(**operands, scale=width**-0.5, tiles=dict(tiles))
+
+
+TUNABLE = {
+    "mla_decode": Tunable(
+        shape=lambda case: {
+            "rows": case.positions,
+            "heads": case.heads,
+            "latent": case.latent,
+            "rope": case.rope,
+        },
+        operands=cases.operands,
+        # Not the whole cache: a short sequence would read all of it.
+        candidates=lambda case, chip: [{"block": b} for b in _BLOCKS if 2 * b <= case.positions],
+        frequencies=_frequencies,
+        run=_run,
+        cost=_cost,
+    )
+}
