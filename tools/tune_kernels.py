@@ -8,8 +8,8 @@ prediction ranks; it is no measurement. For a GPU, which must be there, every ch
 best of each case goes into kimi_jax/kernels/tile_tables/<chip>.json, beside what that holds.
 """
 
-import contextlib
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -81,9 +81,11 @@ def main(argv: list[str]) -> None:
         results = _run_all(list(_jobs(chip)), run, console)
     _print(results, chip, console)
     if _WRITE.value:
-        file = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _TABLES / f"{chip}.json"
-        _write(results, file, "timed" if chip in topologies.GPU_KINDS else "schedule")
-        console.print(f"written: {file}")
+        console.print(f"written: {_file()}")
+
+
+def _file() -> pathlib.Path:
+    return pathlib.Path(_OUTPUT.value or _TABLES / f"{_CHIP.value}.json")
 
 
 def _jobs(chip: str) -> Iterator[Job]:
@@ -137,7 +139,7 @@ def _jobs_of(kernel: str, tunable: Tunable, cases: dict, chip: str) -> Iterator[
 
 
 def _run_all(jobs: list[Job], run: Callable[[Job], Result], console: Console) -> list[Result]:
-    """Runs all jobs, or those before an interruption (Ctrl-C)."""
+    """Runs all jobs; what was found is written after each case."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -145,21 +147,24 @@ def _run_all(jobs: list[Job], run: Callable[[Job], Result], console: Console) ->
         TimeRemainingColumn(),
     )
     results: list[Result] = []
-    stop = contextlib.suppress(KeyboardInterrupt)  # what was tried until then is kept
-    with stop, Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("tuning", total=len(jobs))
-        for job in jobs:
-            progress.update(task, description=f"{job.kernel} {job.name} {_shown(job.tiles)}")
-            results.append(run(job))
-            if results[-1].seconds is None:
-                console.print(
-                    f"failed: {job.kernel} {job.name} {_shown(job.tiles)}: {results[-1].remark}",
-                    soft_wrap=True,
-                    highlight=False,
-                    markup=False,
-                )
-            progress.advance(task)
+        for _, of_case in itertools.groupby(jobs, key=lambda job: (job.kernel, job.name)):
+            for job in of_case:
+                progress.update(task, description=f"{job.kernel} {job.name} {_shown(job.tiles)}")
+                results.append(run(job))
+                _report_failure(results[-1], console)
+                progress.advance(task)
+            if _WRITE.value:
+                _write(results, _file())
     return results
+
+
+def _report_failure(result: Result, console: Console) -> None:
+    if result.seconds is None:
+        job = result.job
+        line = f"failed: {job.kernel} {job.name} {_shown(job.tiles)}: {result.remark}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _predictor(chip: str, folder: pathlib.Path) -> Callable[[Job], Result]:
@@ -267,7 +272,7 @@ def _print(results: list[Result], chip: str, console: Console) -> None:
     console.print(table)
 
 
-def _write(results: list[Result], file: pathlib.Path, how: str) -> None:
+def _write(results: list[Result], file: pathlib.Path) -> None:
     """Puts the best of each case into the table, in place of what stood there for its shape."""
     old = json.loads(file.read_text()) if file.is_file() else []
     entries = {(e["kernel"], *sorted(e["shape"].items())): e for e in old}
@@ -281,7 +286,7 @@ def _write(results: list[Result], file: pathlib.Path, how: str) -> None:
             "shape": shape,
             "tiles": best.job.tiles,
             "microseconds": round(best.seconds * _MICRO, 1),
-            "how": how,
+            "how": "timed" if _CHIP.value in topologies.GPU_KINDS else "schedule",
         }
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"  {json.dumps(entries[key])}" for key in sorted(entries, key=str))
