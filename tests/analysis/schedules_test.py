@@ -35,7 +35,8 @@ def _kernel(exit_test=10):
             *_bundles(2 * _STEP, 1),
             " 0x1f4 PF: > { %9 = vst [vmem:%s1] %v1_v0 } /* Start/End empty region 44 */",
             " 0x1f5   : > { %173 = sbr.rel (%p14_p3) target = $region45 }",
-            *_bundles(3, 1),
+            " 0x1f6   : > { %8 = dma.done.wait [#allocation4], 128 }",
+            *_bundles(19, 1),
             " 0x1f9   : > { %9 = dma.vmem_to_hbm [thread:$0] /*hbm=*/%s1, /* ",
             "base_bounds: (8, 16) */ } /* Start/End empty region 45 */",
             " 0x1fa PF: > { %9 = nop } /* Start/End empty region 28 */",
@@ -74,15 +75,15 @@ class SchedulesTest(absltest.TestCase):
     def test_a_grids_bundles_count_once_a_step_and_its_branches_apart(self):
         schedule = schedules.read(_kernel())
         branches = [Schedule(None, _STEP), Schedule(None, 2 * _STEP)]
-        # In each step 12, and 3 of a branch of the pipeline's own.
-        grid = Schedule(8, 15, tuple(branches))
+        # In each step 12, and 20 of a branch of the pipeline's own.
+        grid = Schedule(8, 32, tuple(branches))
         # The first and the last bundle.
         self.assertEqual(schedule, Schedule(1, 2, (grid,)))
 
     def test_branches_count_by_the_share_of_steps_that_takes_them(self):
         schedule = schedules.read(_kernel())
         executed = schedules.bundles(schedule, (0.25, 0.75))
-        self.assertEqual(executed, 2 + 8 * (15 + 0.25 * _STEP + 0.75 * 2 * _STEP))
+        self.assertEqual(executed, 2 + 8 * (32 + 0.25 * _STEP + 0.75 * 2 * _STEP))
 
     def test_a_frequency_for_each_branch_is_demanded(self):
         with self.assertRaisesRegex(ConfigError, "has 2 branches .* and 1 frequencies were given"):
