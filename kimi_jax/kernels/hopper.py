@@ -1,0 +1,145 @@
+"""What the Mosaic GPU kernels for Hopper share: products, a ring of blocks, and what they ask for.
+
+A kernel has `COMPUTE` warpgroups that calculate and one that copies. The copying one fills a ring of
+blocks in shared memory with the tensor memory accelerator; `full` tells when a slot holds its
+block, `empty` when all that calculate are done with it. Interpreted on a CPU the same barriers,
+copies, loops and masks run; only products are then JAX's own, since JAX 0.12's interpreter has
+neither products from registers nor accumulators that start from a value.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+COMPUTE = 2  # warpgroups that calculate
+ROWS = 64  # of a product that one warpgroup accumulates
+_COMPUTE_REGISTERS = 240  # a thread; 2 * 240 + 24 of the 512 that three warpgroups share
+_COPY_REGISTERS = 24
+
+
+class Factors(NamedTuple):
+    """One product a @ b, or a @ b^T."""
+
+    a: Any  # [m, k], in shared memory or registers
+    b: Any  # [k, n], or [n, k] if transposed, in shared memory
+    transposed: bool = False
+
+
+def multiply(products: Sequence[Factors], interpret: bool, start: Array | None = None) -> Array:
+    """Returns start + the sum of the products, [m, n], accumulated in float32 by tensor cores."""
+    if interpret:
+        return _multiply_interpreted(products, start)
+
+    def accumulate(total_ref):
+        for a, b, transposed in products:
+            plgpu.wgmma(total_ref, a, b.transpose((1, 0)) if transposed else b)
+
+    if start is not None:
+        return pl.run_state(accumulate)(plgpu.ACC.init(start))
+
+    def from_zero(total_ref):
+        accumulate(total_ref)
+        return total_ref[...]
+
+    a, b, transposed = products[0]
+    shape = (a.shape[0], b.shape[0 if transposed else 1])
+    return pl.run_scoped(from_zero, plgpu.ACC(shape, jnp.float32))
+
+
+def _multiply_interpreted(products: Sequence[Factors], start: Array | None) -> Array:
+    total = 0.0 if start is None else start
+    for a, b, transposed in products:
+        dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
+        total += jax.lax.dot_general(
+            a[...], b[...], dimensions, preferred_element_type=jnp.float32
+        )
+    return total
+
+
+class Ring(NamedTuple):
+    """Barriers of blocks in shared memory that are filled and emptied in turn."""
+
+    full: Any  # [slots]
+    empty: Any  # [slots]
+
+    def fill(self, num_steps: Array, copies: Callable[[Array, Array, Any], None]) -> None:
+        """Fills slots; `copies(step, slot, barrier)` starts all copies of a step's block."""
+        num_slots = self.full.shape[0]
+
+        @pl.loop(0, num_steps)
+        def _(step):
+            slot = jax.lax.rem(step, num_slots)
+
+            @pl.when(step >= num_slots)
+            def _():
+                plgpu.barrier_wait(self.empty.at[slot])
+
+            copies(step, slot, self.full.at[slot])
+
+    def use(
+        self, first: Array, last: Array, state: Any, visit: Callable[[Array, Array, Any], Any]
+    ) -> Any:
+        """Returns the state after `visit(step, slot, state)` for steps first to last - 1."""
+
+        def step_of(step, state):
+            slot = jax.lax.rem(step, self.full.shape[0])
+            plgpu.barrier_wait(self.full.at[slot])
+            state = visit(step, slot, state)
+            plgpu.barrier_arrive(self.empty.at[slot])
+            return state
+
+        return jax.lax.fori_loop(first, last, step_of, state)
+
+
+def ring_barriers(num_slots: int, num_copies: int) -> Ring:
+    """Describes the barriers of a ring whose blocks are `num_copies` copies each."""
+    return Ring(
+        full=plgpu.Barrier(num_arrivals=num_copies, num_barriers=num_slots),
+        empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=num_slots),
+    )
+
+
+def specialise(compute: Callable[[Array], None], copy: Callable[[], None]) -> None:
+    """Runs `compute(index)` in the warpgroups that calculate and `copy()` in the other."""
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < COMPUTE)
+    def _():
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        compute(warpgroup)
+
+    @pl.when(warpgroup == COMPUTE)
+    def _():
+        plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+        copy()
+
+
+def kernel(
+    body: Callable[..., None],
+    out_type: Any,
+    scratch: Any,
+    grid: dict[str, int],
+    cost: pl.CostEstimate,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """Returns the function that runs `body` on a grid; the first axis of the grid runs fastest."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        cost_estimate=cost,
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )
