@@ -7,7 +7,6 @@ copies, loops and masks run; only products are then JAX's own, since JAX 0.12's 
 neither products from registers nor accumulators that start from a value.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,35 +30,50 @@ class Factors(NamedTuple):
     transposed: bool = False
 
 
-def multiply(products: Sequence[Factors], interpret: bool, start: Array | None = None) -> Array:
-    """Returns start + the sum of the products, [m, n], accumulated in float32 by tensor cores."""
+class Sum(NamedTuple):
+    """start + the products of all factors, [m, n], accumulated in float32."""
+
+    factors: Sequence[Factors]
+    start: Array
+
+
+def multiply(sums: Sequence[Sum], interpret: bool) -> tuple[Array, ...]:
+    """Returns the sums; the tensor cores are given all products before the first is awaited."""
     if interpret:
-        return _multiply_interpreted(products, start)
+        return tuple(_multiply_interpreted(*a_sum) for a_sum in sums)
 
-    def accumulate(total_ref):
-        for a, b, transposed in products:
-            plgpu.wgmma(total_ref, a, b.transpose((1, 0)) if transposed else b)
+    def accumulate(total_refs):
+        for total_ref, (factors, _) in zip(total_refs, sums, strict=True):
+            for a, b, transposed in factors:
+                plgpu.wgmma(total_ref, a, b.transpose((1, 0)) if transposed else b)
 
-    if start is not None:
-        return pl.run_state(accumulate)(plgpu.ACC.init(start))
-
-    def from_zero(total_ref):
-        accumulate(total_ref)
-        return total_ref[...]
-
-    a, b, transposed = products[0]
-    shape = (a.shape[0], b.shape[0 if transposed else 1])
-    return pl.run_scoped(from_zero, plgpu.ACC(shape, jnp.float32))
+    return pl.run_state(accumulate)(tuple(plgpu.ACC.init(start) for _, start in sums))
 
 
-def _multiply_interpreted(products: Sequence[Factors], start: Array | None) -> Array:
-    total = 0.0 if start is None else start
-    for a, b, transposed in products:
+def _multiply_interpreted(factors: Sequence[Factors], total: Array) -> Array:
+    for a, b, transposed in factors:
         dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
-        total += jax.lax.dot_general(
-            a[...], b[...], dimensions, preferred_element_type=jnp.float32
-        )
+        total += jax.lax.dot_general(a[...], b[...], dimensions, preferred_element_type=jnp.float32)
     return total
+
+
+def zeros(rows: int, columns: int) -> Array:
+    """Returns a start for a sum, [rows, columns]."""
+    return jnp.zeros((rows, columns), jnp.float32)
+
+
+def copy_in(sources: Sequence[Any], targets: Sequence[Any], barrier: Any) -> None:
+    """Starts copies into shared memory; each arrives once at the barrier."""
+    for source, target in zip(sources, targets, strict=True):
+        plgpu.copy_gmem_to_smem(source, target, barrier)
+
+
+def copy_out(sources: Sequence[Any], targets: Sequence[Any]) -> None:
+    """Copies what this warpgroup wrote to shared memory to the device's, and waits."""
+    plgpu.commit_smem()
+    for source, target in zip(sources, targets, strict=True):
+        plgpu.copy_smem_to_gmem(source, target)
+    plgpu.wait_smem_to_gmem(0)
 
 
 class Ring(NamedTuple):

@@ -1,0 +1,146 @@
+"""What the kernels of attention on Hopper share: operands, masks, the online softmax."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from kimi_jax.kernels.hopper import COMPUTE, ROWS, zeros
+
+LOG2_E = math.log2(math.e)
+MASKED = -1e30  # logit of a masked pair; finite, so that differences of two are numbers
+TILE = COMPUTE * ROWS  # positions of a thread block
+
+F32 = jnp.float32
+
+
+class Keys(NamedTuple):
+    """Arrays, or their part that is in shared memory."""
+
+    nope: Any  # [B, T, N, H]
+    rope: Any  # [B, T, R]
+    value: Any  # [B, T, N, U]
+    segments: Any  # [B, T]
+
+    def at(self, sequence: Array, head: Array, rows: Any) -> "Keys":
+        """Returns one head's rows."""
+        nope, value = (x.at[sequence, rows, head] for x in (self.nope, self.value))
+        return Keys(nope, self.rope.at[sequence, rows], value, self.segments.at[sequence, rows])
+
+
+class Queries(NamedTuple):
+    """Arrays that the backward pass reads by query, or their part that is in shared memory."""
+
+    nope: Any  # [B, T, N, H]
+    rope: Any  # [B, T, N, R]
+    d_out: Any  # [B, T, N, U]
+    segments: Any  # [B, T]
+    log_sum: Any  # [B, N, T], to base 2
+    inner: Any  # [B, N, T], out . d_out
+
+    def at(self, sequence: Array, head: Array, rows: Any) -> "Queries":
+        """Returns one head's rows."""
+        wide = (x.at[sequence, rows, head] for x in self[:3])
+        columns = (x.at[sequence, head, rows] for x in self[4:])
+        return Queries(*wide, self.segments.at[sequence, rows], *columns)
+
+
+def shared_memory(arrays: Any, count: int, rows: int) -> Any:
+    """Describes shared memory for `count` blocks of `rows` rows of `Keys` or `Queries`."""
+    vectors = ("segments", "log_sum", "inner")
+    return type(arrays)(
+        *(
+            plgpu.SMEM((count, rows) if name in vectors else (count, rows, x.shape[-1]), x.dtype)
+            for name, x in arrays._asdict().items()
+        )
+    )
+
+
+def pick(blocks: Any, index: Array) -> Any:
+    """Returns one block of shared memory that `shared_memory` describes."""
+    return type(blocks)(*(ref.at[index] for ref in blocks))
+
+
+def axes() -> tuple[Array, Array, Array]:
+    """Returns a thread block's tile, head and sequence."""
+    return tuple(jax.lax.axis_index(name) for name in ("tile", "head", "sequence"))
+
+
+def grid(batch: int, num_heads: int, num_positions: int) -> dict[str, int]:
+    """Returns the grid: tiles of one head run together, so that the cache holds what they share."""
+    return {"tile": num_positions // TILE, "head": num_heads, "sequence": batch}
+
+
+def cost(operands: Any, results: Any, widths: int) -> pl.CostEstimate:
+    """Estimates a kernel that does `widths` products for each visible pair; each array once."""
+    batch, num_positions, num_heads, _ = operands[0].shape
+    pairs = batch * num_heads * num_positions * (num_positions + TILE) // 2
+    arrays = jax.tree.leaves((operands, results))
+    return pl.CostEstimate(
+        flops=2 * pairs * widths,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        transcendentals=pairs,
+    )
+
+
+def along_rows(x: Array, shape: tuple[int, int]) -> Array:
+    """Gives each row its value of x."""
+    return jax.lax.broadcast_in_dim(x, shape, (0,))
+
+
+def along_columns(x: Array, shape: tuple[int, int]) -> Array:
+    """Gives each column its value of x."""
+    return jax.lax.broadcast_in_dim(x, shape, (1,))
+
+
+class Pairs(NamedTuple):
+    """Which position each row and column of a block of logits is."""
+
+    first_row: Array
+    first_column: Array
+    rows_are_queries: bool
+    crosses_diagonal: bool  # else causality hides no pair
+
+    def mask(self, logits: Array, row_segments: Array, column_segments: Array) -> Array:
+        """Returns the logits, `MASKED` where the query does not see the key."""
+        shape = logits.shape
+        visible = along_rows(row_segments, shape) == along_columns(column_segments, shape)
+        if self.crosses_diagonal:
+            row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+            ahead = (row - column) + (self.first_row - self.first_column)
+            visible &= (ahead >= 0) if self.rows_are_queries else (ahead <= 0)
+        return jnp.where(visible, logits, MASKED)
+
+
+class Softmax(NamedTuple):
+    """A softmax over the keys met so far; exponentials to base 2, which the hardware has."""
+
+    largest: Array  # [t], in units of 1 / log2(e)
+    total: Array  # [t], the sum of 2^(logit - largest)
+    weighted: Array  # [t, U], the same sum times values
+
+
+def empty_softmax(width: int) -> Softmax:
+    """Returns the softmax over no keys."""
+    return Softmax(
+        largest=jnp.full((ROWS,), MASKED, F32),
+        total=jnp.zeros((ROWS,), F32),
+        weighted=zeros(ROWS, width),
+    )
+
+
+def add_logits(softmax: Softmax, logits: Array) -> tuple[Softmax, Array]:
+    """Returns the softmax with the logits [t, s] in all but `weighted`, and their exponentials.
+
+    `weighted` is only rescaled: the caller adds exponentials @ values.
+    """
+    largest = jnp.maximum(softmax.largest, jnp.max(logits, axis=1))
+    fading = jnp.exp2(softmax.largest - largest)
+    exponentials = jnp.exp2(logits - along_rows(largest, logits.shape))
+    weighted = softmax.weighted * along_rows(fading, softmax.weighted.shape)
+    total = softmax.total * fading + jnp.sum(exponentials, axis=1)
+    return Softmax(largest, total, weighted), exponentials
