@@ -76,12 +76,7 @@ class _Setting:
     def values(self, spec: ParamSpec, table: rules.RuleTable) -> int:
         """Values of a parameter that one device holds under a rule table."""
         layout = rules.partition_spec(spec, table, self.sizes)
-        names = [
-            name
-            for entry in layout
-            if entry is not None
-            for name in (entry if isinstance(entry, tuple) else (entry,))
-        ]
+        names = [name for entry in layout for name in rules.entry_axes(entry)]
         return spec.size // math.prod(self.sizes[name] for name in names)
 
 

@@ -19,7 +19,7 @@ from kimi_jax.parallel.collectives import (
 )
 from kimi_jax.parallel.per_shard import per_shard
 from kimi_jax.parallel.placement import to_compute
-from kimi_jax.parallel.rules import COMPUTE, TOKENS, here, partition_specs
+from kimi_jax.parallel.rules import COMPUTE, TOKENS, partition_specs, reshard
 
 
 def batch_losses(
@@ -62,7 +62,7 @@ def token_losses(
         in_specs=(partition_specs(plan, COMPUTE), TOKENS, TOKENS),
         out_specs=TOKENS,
     )
-    return losses(head, hidden, jax.reshard(targets, here(TOKENS)))
+    return losses(head, hidden, reshard(targets, TOKENS))
 
 
 def _losses_per_shard(

@@ -119,25 +119,25 @@ def mla(
     Returns:
       The output, and each sequence's and head's largest scaled logit, for QK-clip.
     """
-    batch, heads = rules.here(rules.BATCH), rules.here(rules.HEADS)
+    batch, heads = rules.BATCH, rules.HEADS
     cos, sin = rope.cos_sin(config, positions)
     with jax.named_scope("queries"):
         c_q = x
         if params.w_q_down is not None:
             latent = checkpoint_name(project("btd,dq->btq", x, params.w_q_down), "q_latent")
             c_q = norm.rms_norm(params.q_norm, latent, eps=config.norm_eps)
-        c_q = jax.reshard(c_q, batch)
+        c_q = rules.reshard(c_q, batch)
         q_nope = project("btq,qnh->btnh", c_q, params.w_q_nope, out_layout=heads)
         q_rope = project("btq,qnr->btnr", c_q, params.w_q_rope, out_layout=heads)
         q_rope = rope.rotate(q_rope, cos[:, :, None], sin[:, :, None])
     with jax.named_scope("keys_values"):
         latent = checkpoint_name(project("btd,dc->btc", x, params.w_kv_down), "kv_latent")
         c_kv = norm.rms_norm(params.kv_norm, latent, eps=config.norm_eps)
-        c_kv = jax.reshard(c_kv, batch)
+        c_kv = rules.reshard(c_kv, batch)
         k_nope = project("btc,cnh->btnh", c_kv, params.w_k_nope, out_layout=heads)
         value = project("btc,cnu->btnu", c_kv, params.w_value, out_layout=heads)
         k_rope = checkpoint_name(project("btd,dr->btr", x, params.w_k_rope), "k_rope")
-        k_rope = rope.rotate(jax.reshard(k_rope, batch), cos, sin)
+        k_rope = rope.rotate(rules.reshard(k_rope, batch), cos, sin)
     with jax.named_scope("attention"):
         attend = functools.partial(
             mla_attention, scale=rope.attention_scale(config), implementation=choices.implementation
@@ -147,6 +147,6 @@ def mla(
             in_specs=(heads, heads, heads, batch, heads, batch),
             out_specs=(heads, rules.HEAD_MAXIMA),
         )(q_nope, q_rope, k_nope, k_rope, value, segments)
-        out = jax.reshard(out, rules.here(rules.HEAD_OUTPUTS))
+        out = rules.reshard(out, rules.HEAD_OUTPUTS)
     y = project("btnu,nud->btd", out, params.w_out, out_layout=rules.TOKENS)
     return checkpoint_name(y, "attention_projected"), max_logit

@@ -29,8 +29,8 @@ from kimi_jax.parallel.rules import (
     REPLICATED,
     STORAGE,
     TOKENS,
-    here,
     partition_specs,
+    reshard,
 )
 
 _LAYER_INPUT = "layer_input"
@@ -137,9 +137,9 @@ def forward(
       Normalised hidden states in the compute dtype, ready for the head, and the statistics, whole
       on every device.
     """
-    inputs = jax.reshard(inputs, here(TOKENS))
+    inputs = reshard(inputs, TOKENS)
     # Attention needs those of all positions; gathered once, for all layers.
-    positions, segments = (jax.reshard(i, here(BATCH)) for i in (positions, segments))
+    positions, segments = (reshard(i, BATCH) for i in (positions, segments))
     plan = specs(config)
     ends = TransformerParams(params.embedding, None, None, params.final_norm, None)
     end_plan = TransformerParams(plan.embedding, None, None, plan.final_norm, None)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from kimi_jax.parallel.mesh import CONTEXT, TENSOR
 from kimi_jax.parallel.per_shard import per_shard
+from kimi_jax.parallel.rules import entry_axes
 
 # On CPU, jax 0.12 multiplies batches of a few matrices with all cores, single ones with one core;
 # larger batches fall out of the caches. Older versions compile batched products badly.
@@ -201,13 +202,6 @@ def _full_spec(leaf: jax.Array) -> PartitionSpec:
     return PartitionSpec(*spec, *(None,) * (leaf.ndim - len(spec)))
 
 
-def _mesh_axes(entry: Any) -> tuple[str, ...]:
-    """Names the mesh axes in one entry of a PartitionSpec, the slowest first."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
-
-
 def _make_plan(
     leaves: list[jax.Array],
     specs: list[PartitionSpec],
@@ -215,10 +209,10 @@ def _make_plan(
     rotation: int,
     axis_sizes: dict[str, int],
 ) -> _Plan:
-    stacked = {tuple(map(_mesh_axes, spec[:stack_dims])) for spec in specs}
+    stacked = {tuple(map(entry_axes, spec[:stack_dims])) for spec in specs}
     assert len(stacked) == 1, f"arrays are stacked in different layouts: {specs}"
     stack_axes = {name for entry in stacked.pop() for name in entry}
-    entries = [_mesh_axes(entry) for spec in specs for entry in spec]
+    entries = [entry_axes(entry) for spec in specs for entry in spec]
     names = _slowest_first(tuple(axis_sizes), entries)
     hops = tuple(n for n in reversed(names) if n not in stack_axes and axis_sizes[n] > 1)
     sharers = math.prod(axis_sizes[name] for name in hops)
@@ -237,7 +231,7 @@ def _make_plan(
             {
                 name: dim
                 for dim, entry in enumerate(spec[stack_dims:], start=1)
-                for name in _mesh_axes(entry)
+                for name in entry_axes(entry)
             }
             for spec in specs
         ),

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from kimi_jax.parallel.rules import here
+from kimi_jax.parallel.rules import entry_axes, here
 
 
 def per_shard(fn: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -57,10 +57,8 @@ def _name_unused_axes(spec: PartitionSpec, arg: Any) -> PartitionSpec:
     full = PartitionSpec(*spec, *(None,) * (kind.ndim - len(spec)))
     if kind.ndim == 0 or kind.sharding.spec != full:
         return spec  # where the argument is not laid out like this, shard_map says so
-    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in full]
-    named = {name for entry in entries for name in entry}
+    named = {name for entry in full for name in entry_axes(entry)}
     mesh = kind.sharding.mesh
     named.update(mesh.manual_axes)
     unused = [name for name, size in mesh.shape.items() if size == 1 and name not in named]
-    first = [name for name in entries[0] if name is not None]
-    return PartitionSpec((*first, *unused), *full[1:])
+    return PartitionSpec((*entry_axes(full[0]), *unused), *full[1:])

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from kimi_jax.parallel.mesh import PIPE
-from kimi_jax.parallel.rules import REPLICATED, without
+from kimi_jax.parallel.rules import REPLICATED, entry_axes, without
 
 # (x [b, T, D], stored weights of a layer, inputs of the rows) -> (x, statistics)
 Layer = Callable[[Array, Any, Any], tuple[Array, Any]]
@@ -102,7 +102,8 @@ def pipeline(
 def _split_by_stage_first(rows: Array) -> Array:
     """Makes the pipe axis the slowest of those that split the rows, as manual axes have to be."""
     first, *others = jax.typeof(rows).sharding.spec
-    return jax.reshard(rows, PartitionSpec((PIPE, *(n for n in first if n != PIPE)), *others))
+    faster = (name for name in entry_axes(first) if name != PIPE)
+    return jax.reshard(rows, PartitionSpec((PIPE, *faster), *others))
 
 
 def _join_stages(stats: Array) -> Array:

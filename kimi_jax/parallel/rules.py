@@ -93,22 +93,31 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
+def reshard(x: jax.Array, layout: PartitionSpec) -> jax.Array:
+    """Redistributes x over the mesh axes of the layout that are not manual where this is called."""
+    return jax.reshard(x, here(layout))
+
+
 def here(layout: PartitionSpec) -> PartitionSpec:
-    """Leaves out mesh axes that are manual where this is called: in a pipeline's stage, its own."""
+    """Leaves out mesh axes that are manual where this is called.
+
+    In a replica that is the replica axis, in a pipeline's stage the pipe axis.
+    """
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
     return without(layout, manual) if manual else layout
 
 
 def without(layout: PartitionSpec, names: Collection[str]) -> PartitionSpec:
     """Returns the layout with some mesh axes left out."""
+    kept = (tuple(n for n in entry_axes(entry) if n not in names) for entry in layout)
+    return PartitionSpec(*(axes or None for axes in kept))
 
-    def keep(entry: Any) -> Any:
-        if isinstance(entry, tuple):
-            kept = tuple(name for name in entry if name not in names)
-            return kept or None
-        return None if entry in names else entry
 
-    return PartitionSpec(*map(keep, layout))
+def entry_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names the mesh axes that split one dimension of a layout, the slowest first."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def partition_specs(plan: Any, table: RuleTable) -> Any:

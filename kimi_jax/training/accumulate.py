@@ -1,5 +1,6 @@
 """Gradients of a batch computed in micro-batches, equal to those of the batch at once."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,23 +59,28 @@ def accumulate(
     Returns:
       Gradients in float32, the parts of the loss, the statistics.
     """
+    shared = (params, total_weight)
+    if num_replicas() == 1:
+        return _accumulate(loss_fn, shared, micro_batches)
+    run = in_replicas(functools.partial(_accumulate_and_agree, loss_fn))
+    return run(shared, micro_batches)
 
-    def of_own_rows(shared: tuple[Any, jax.Array], rows: Any) -> tuple[Any, Parts, ModelStats]:
-        return _accumulate(loss_fn, *shared, rows)
 
-    def of_all_rows(shared: tuple[Any, jax.Array], rows: Any) -> tuple[Any, Parts, ModelStats]:
-        gradients, parts, stats = of_own_rows(shared, rows)
-        summed = jax.tree.map(sum_over_replicas, (gradients, parts))
-        combine = {"sum": sum_over_replicas, "max": max_over_replicas}
-        return *summed, model_stats.reduce_with(combine, stats)
-
-    run = of_own_rows if num_replicas() == 1 else in_replicas(of_all_rows)
-    return run((params, total_weight), micro_batches)
+def _accumulate_and_agree(
+    loss_fn: LossFunction, shared: tuple[Any, jax.Array], micro_batches: Any
+) -> tuple[Any, Parts, ModelStats]:
+    """Accumulates a replica's own rows, and brings all replicas' results together once."""
+    gradients, parts, stats = _accumulate(loss_fn, shared, micro_batches)
+    summed = jax.tree.map(sum_over_replicas, (gradients, parts))
+    combine = {"sum": sum_over_replicas, "max": max_over_replicas}
+    return *summed, model_stats.reduce_with(combine, stats)
 
 
 def _accumulate(
-    loss_fn: LossFunction, params: Any, total_weight: jax.Array, micro_batches: Any
+    loss_fn: LossFunction, shared: tuple[Any, jax.Array], micro_batches: Any
 ) -> tuple[Any, Parts, ModelStats]:
+    """Accumulates over micro-batches; `shared` are the parameters and the whole batch's weight."""
+    params, total_weight = shared
     gradient_fn = jax.grad(loss_fn, has_aux=True)
 
     def compute(micro_batch: Any) -> tuple[Any, Parts, ModelStats]:

@@ -28,6 +28,9 @@ LOSS_TOLERANCE = 2e-6  # relative
 # singular values.
 PARAMETER_TOLERANCE = 5e-6
 THRESHOLD = 3.0  # of QK-clip: between the maxima of the heads at initialisation
+# At its usual 1e-8, AdamW's first update is the sign even of a gradient that is zero but for
+# rounding.
+ADAM_EPS = 1e-5
 ROWS, LENGTH = 8, 16
 # Compiling takes nearly all of the time.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -40,7 +43,7 @@ IN_TWO_ROUNDS = YARN | {"num_layers": 4}  # of a pipeline of two stages
 NO_QUERY_LATENT = MODEL | {"q_latent_dim": None}
 
 
-def experiment(model):
+def experiment(model, adam_eps=ADAM_EPS):
     return tiny.experiment(
         model=model,
         data={"sequence_length": LENGTH},
@@ -49,9 +52,7 @@ def experiment(model):
         optimizer={
             "qk_clip_threshold": THRESHOLD,
             "balance_loss_weight": 0.01,
-            # At its usual 1e-8, AdamW's first update is the sign even of a gradient that is zero
-            # but for rounding.
-            "adam_eps": 1e-4,
+            "adam_eps": adam_eps,
         },
     )
 
@@ -163,12 +164,14 @@ class MeshParityTest(parameterized.TestCase):
                 np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
     @parameterized.named_parameters(
-        ("replica_2_pipe_2_data_2", {"replica": 2, "pipe": 2, "data": 2}, TWO_LAYERS),
+        # At 1e-5, jax 0.10.2 moves a norm's gain by 6e-6 to 1e-5 more or less: its gradient is nearly
+        # zero, and the first update divides by it.
+        ("replica_2_pipe_2_data_2", {"replica": 2, "pipe": 2, "data": 2}, TWO_LAYERS, 1e-4),
         ("replica_2_data_2_expert_2", {"replica": 2, "data": 2, "expert": 2}, BOTH_KINDS),
         ("data_2_context_2_tensor_2", {"data": 2, "context": 2, "tensor": 2}, BOTH_KINDS),
     )
-    def test_first_step_is_that_of_one_device(self, axes, model):
-        config = experiment(model)
+    def test_first_step_is_that_of_one_device(self, axes, model, adam_eps=ADAM_EPS):
+        config = experiment(model, adam_eps)
         wanted, wanted_metrics = first_step_on_one_device(config)
         params, metrics = first_step(tiny.mesh(**{"data": 1, "expert": 1} | axes), config)
         for name in ("loss/train", "loss/balance", "optimizer/gradient_norm", "max_logit"):

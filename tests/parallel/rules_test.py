@@ -80,6 +80,10 @@ class RulesTest(absltest.TestCase):
             self.assertEqual(rules.here(layout), P(("data",), None, None))
         self.assertEqual(rules.here(layout), layout)
 
+    def test_a_dimension_names_its_axes_the_slowest_first(self):
+        axes = [rules.entry_axes(entry) for entry in P(("pipe", "data"), "tensor", None)]
+        self.assertEqual(axes, [("pipe", "data"), ("tensor",), ()])
+
     def test_a_table_with_an_unknown_or_repeated_axis_is_refused(self):
         spec = _spec((16, 24), (ax.EMBED, ax.FFN))
         with self.assertRaisesRegex(ConfigError, "'ffn' names the mesh axes .'model'.; the mesh"):
