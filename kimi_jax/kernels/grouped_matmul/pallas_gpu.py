@@ -1,5 +1,5 @@
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +7,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import hopper
+from kimi_jax.kernels import hopper, hopper_products
+from kimi_jax.kernels.hopper_products import Product, Tiles
 
-TILE_ROWS = 128
-_BLOCK_K = 64
+_CONTRACTED = 64  # of a block: 128 bytes of bfloat16
 _SLOTS = 4
-_STORED = 128
-BLOCKS = 132
-
-
-class Blocks(NamedTuple):
-    x: object
-    w: object
+_STORED = 128  # columns that go to memory at a time
 
 
 def forward(x, w, group_sizes, *, interpret=False):
@@ -29,178 +23,177 @@ def input_gradient(d_y, w, group_sizes, *, interpret=False):
     return _multiply(d_y, w, group_sizes, transposed=True, interpret=interpret)
 
 
+def _strip(width: int) -> int:
+    return 256 if width % 256 == 0 else 128
+
+
 def _multiply(x, w, group_sizes, transposed, interpret):
-    rows, inner = x.shape
-    groups = w.shape[0]
-    outputs = w.shape[1 if transposed else 2]
-    columns = 256 if outputs % 256 == 0 else 128
-    spare = rows - jnp.sum(group_sizes, keepdims=True)
-    tiles = cut(jnp.concatenate([group_sizes, spare]), rows)
-    w_block = (columns, _BLOCK_K) if transposed else (_BLOCK_K, columns)
-    scratch = {
-        "x_smem": plgpu.SMEM((_SLOTS, hopper.COMPUTE, hopper.ROWS, _BLOCK_K), x.dtype),
-        "w_smem": plgpu.SMEM((_SLOTS, *w_block), w.dtype),
-        "y_smem": plgpu.SMEM((hopper.COMPUTE, hopper.ROWS, _STORED), x.dtype),
-        "full": plgpu.Barrier(num_arrivals=1 + hopper.COMPUTE, num_barriers=_SLOTS),
-        "empty": plgpu.Barrier(num_arrivals=hopper.COMPUTE, num_barriers=_SLOTS),
-    }
-    num_blocks = min(BLOCKS, tiles.group.shape[0] * (outputs // columns))
-    cost = pl.CostEstimate(
-        flops=2 * rows * inner * outputs,
-        bytes_accessed=2 * (rows * (inner + outputs) + w.size),
-        transcendentals=0,
+    num_rows, contracted = x.shape
+    num_columns = w.shape[1 if transposed else 2]
+    strip = _strip(num_columns)
+    tiles = hopper_products.cut(
+        hopper_products.with_spare_rows(group_sizes, num_rows), num_rows
     )
-    body = functools.partial(_body, transposed=transposed, groups=groups, columns=columns)
+    block = (strip, _CONTRACTED) if transposed else (_CONTRACTED, strip)
+    scratch = {
+        "x_blocks": plgpu.SMEM((_SLOTS, hopper.COMPUTE, hopper.ROWS, _CONTRACTED), x.dtype),
+        "w_blocks": plgpu.SMEM((_SLOTS, *block), w.dtype),
+        "y_blocks": plgpu.SMEM((hopper.COMPUTE, hopper.ROWS, _STORED), x.dtype),
+        "ring": hopper.ring_barriers(_SLOTS, num_copies=hopper.COMPUTE + 1),
+    }
     return hopper.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((rows, outputs), x.dtype),
+        functools.partial(_multiply_kernel, transposed=transposed, strip=strip),
+        out_type=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
         scratch=scratch,
-        grid={"block": num_blocks},
-        cost=cost,
+        grid={"block": min(hopper_products.NUM_BLOCKS, tiles.group.size * num_columns // strip)},
+        cost=pl.CostEstimate(
+            flops=2 * num_rows * contracted * num_columns,
+            bytes_accessed=x.dtype.itemsize * (num_rows * (contracted + num_columns) + w.size),
+            transcendentals=0,
+        ),
         interpret=interpret,
-    )(tiles.count, tiles.group, tiles.start, tiles.first, tiles.size, x, w)
+    )(*tiles, x, w)
 
 
-ALIGNMENT = 8
-
-
-class Tiles(NamedTuple):
-    """Tiles of 128 rows that start at multiples of 8; each works on rows of one group."""
-
-    count: Array  # [1], number of tiles
-    group: Array  # [tiles]
-    start: Array  # [tiles], row at which the tile starts
-    first: Array  # [tiles], first of its rows that belongs to the group
-    size: Array  # [tiles], how many belong to it
-
-
-def cut(group_sizes: Int[Array, "E"], num_rows: int) -> Tiles:
-    """Cuts each group into tiles; the first starts up to 7 rows before its group."""
-    num_groups = group_sizes.shape[0]
-    num_tiles = (num_rows + num_groups * (TILE_ROWS + ALIGNMENT)) // TILE_ROWS
-    end = jnp.cumsum(group_sizes)
-    begin = end - group_sizes
-    aligned = begin - begin % ALIGNMENT
-    tiles_of = jnp.where(group_sizes > 0, -((aligned - end) // TILE_ROWS), 0)
-    last = jnp.cumsum(tiles_of)
-    index = jnp.arange(num_tiles, dtype=group_sizes.dtype)
-    group = jnp.sum(index[:, None] >= last[None, :], axis=1, dtype=group_sizes.dtype)
-    group = jnp.minimum(group, num_groups - 1)
-    start = aligned[group] + (index - (last - tiles_of)[group]) * TILE_ROWS
-    first = jnp.maximum(begin[group] - start, 0)
-    size = jnp.minimum(end[group] - start, TILE_ROWS) - first
-    return Tiles(count=last[-1:], group=group, start=start, first=first, size=size)
-
-
-def _body(
-    count, group_of, start_of, first_of, size_of, x, w, y, *, x_smem, w_smem, y_smem, full, empty, transposed,
-    groups, columns
-):
-    strips = y.shape[1] // columns
-    steps = x.shape[1] // _BLOCK_K
-    block, num_blocks = jax.lax.axis_index("block"), jax.lax.axis_size("block")
-    units = (count[0] * strips - block + num_blocks - 1) // num_blocks
-
-    def unit(i):
-        index = block + i * num_blocks
-        tile, strip = jax.lax.div(index, strips), jax.lax.rem(index, strips)
-        return tile, strip * columns, jnp.where(group_of[tile] < groups, steps, 0)
-
-    def copy():
-        def fill(i, done):
-            tile, column, count = unit(i)
-            group, start = group_of[tile], pl.multiple_of(start_of[tile], ALIGNMENT)
-
-            def step(k, done):
-                slot = jax.lax.rem(done, _SLOTS)
-
-                @pl.when(done >= _SLOTS)
-                def _():
-                    plgpu.barrier_wait(empty.at[slot])
-
-                inner, outer = pl.ds(k * _BLOCK_K, _BLOCK_K), pl.ds(column, columns)
-                for part in range(hopper.COMPUTE):
-                    rows = pl.ds(start + part * hopper.ROWS, hopper.ROWS)
-                    plgpu.copy_gmem_to_smem(
-                        x.at[rows, inner], x_smem.at[slot, part], full.at[slot]
-                    )
-                part = (outer, inner) if transposed else (inner, outer)
-                plgpu.copy_gmem_to_smem(w.at[group, *part], w_smem.at[slot], full.at[slot])
-                return done + 1
-
-            return jax.lax.fori_loop(0, count, step, done)
-
-        jax.lax.fori_loop(0, units, fill, jnp.int32(0))
-
-    def compute(warpgroup):
-        def finish(i, done):
-            tile, column, count = unit(i)
-
-            def product(total):
-                def step(k, done):
-                    slot = jax.lax.rem(done, _SLOTS)
-                    plgpu.barrier_wait(full.at[slot])
-                    w_block = w_smem.at[slot]
-                    plgpu.wgmma(
-                        total,
-                        x_smem.at[slot, warpgroup],
-                        w_block.transpose((1, 0)) if transposed else w_block,
-                    )
-                    plgpu.wgmma_wait(1)
-
-                    @pl.when(k > 0)
-                    def _():
-                        plgpu.barrier_arrive(empty.at[jax.lax.rem(done - 1, _SLOTS)])
-
-                    return done + 1
-
-                jax.lax.fori_loop(0, count, step, done)
-                return total[...]
-
-            total = pl.run_scoped(product, plgpu.ACC((hopper.ROWS, columns)))
-            done = done + count
-
-            @pl.when(count > 0)
-            def _():
-                plgpu.barrier_arrive(empty.at[jax.lax.rem(done - 1, _SLOTS)])
-
-            above = warpgroup * hopper.ROWS
-            first = jnp.clip(first_of[tile] - above, 0, hopper.ROWS)
-            last = jnp.clip(first_of[tile] + size_of[tile] - above, 0, hopper.ROWS)
-            for left in range(0, columns, _STORED):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                y_smem[warpgroup] = total[:, left : left + _STORED].astype(y.dtype)
-                plgpu.commit_smem()
-                rows = Rows(start_of[tile] + above, first, last - first)
-                store_rows(y_smem.at[warpgroup], y, rows, column + left)
-            return done
-
-        jax.lax.fori_loop(0, units, finish, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-    hopper.specialise(compute, copy)
-
-
-class Rows(NamedTuple):
-    """Rows first to first + size - 1 of a block, whose row 0 is row `start` of the array."""
-
+class _Unit(NamedTuple):
+    steps: Array
+    tile: Array
+    group: Array
     start: Array
-    first: Array
-    size: Array
+    column: Array
 
 
-def store_rows(y_smem, y, rows, column):
-    """Stores rows of a block, in pieces whose sizes are powers of two."""
-    most, width = y_smem.shape
-    piece = most
-    while piece:
-        done = rows.first + (rows.size & -(2 * piece))  # rows of the larger pieces
+def _multiply_kernel(*refs, x_blocks, w_blocks, y_blocks, ring, transposed, strip):
+    *plan, x, w, y = refs
+    tiles = Tiles(*plan)
+    strips = y.shape[1] // strip
 
-        @pl.when(rows.size & piece != 0)
-        def _(piece=piece, done=done):
-            plgpu.copy_smem_to_gmem(
-                y_smem.at[pl.ds(done, piece)],
-                y.at[pl.ds(rows.start + done, piece), pl.ds(column, width)],
+    def unit(number):
+        tile = jax.lax.div(number, strips)
+        group = tiles.group[tile]
+        return _Unit(
+            steps=jnp.where(group < w.shape[0], x.shape[1] // _CONTRACTED, 0),
+            tile=tile,
+            group=group,
+            start=pl.multiple_of(tiles.start[tile], hopper_products.ALIGNMENT),
+            column=jax.lax.rem(number, strips) * strip,
+        )
+
+    def copies(at, barrier):
+        unit, step, _, slot = at
+        inner = pl.ds(step * _CONTRACTED, _CONTRACTED)
+        for half in range(hopper.COMPUTE):
+            rows = pl.ds(unit.start + half * hopper.ROWS, hopper.ROWS)
+            plgpu.copy_gmem_to_smem(x.at[rows, inner], x_blocks.at[slot, half], barrier)
+        outer = pl.ds(unit.column, strip)
+        part = (outer, inner) if transposed else (inner, outer)
+        plgpu.copy_gmem_to_smem(w.at[unit.group, *part], w_blocks.at[slot], barrier)
+
+    def product(warpgroup):
+        def multiply(at, total, state):
+            w_block = w_blocks.at[at.slot]
+            plgpu.wgmma(
+                total,
+                x_blocks.at[at.slot, warpgroup],
+                w_block.transpose((1, 0)) if transposed else w_block,
             )
 
-        piece //= 2
+        def finish(unit, total):
+            first, size = tiles.first[unit.tile], tiles.size[unit.tile]
+            rows = hopper_products.rows_of_half(unit.start, first, size, warpgroup)
+            hopper_products.store(total, y_blocks.at[warpgroup], y, rows, unit.column)
+
+        return Product(unit, copies, multiply, finish, (hopper.ROWS, strip))
+
+    hopper_products.run(tiles.count[0] * strips, ring, product)
+
+
+def weight_gradient(x, d_y, group_sizes, *, interpret=False):
+    (num_rows, num_inputs), num_outputs = x.shape, d_y.shape[1]
+    num_groups = group_sizes.shape[0]
+    strip = _strip(num_outputs)
+    sizes = group_sizes.astype(jnp.int32)
+    end = jnp.cumsum(sizes)
+    units = num_groups * (num_inputs // hopper_products.TILE_ROWS) * (num_outputs // strip)
+    scratch = {
+        "x_blocks": plgpu.SMEM((_SLOTS, hopper.COMPUTE, _CONTRACTED, hopper.ROWS), x.dtype),
+        "d_y_blocks": plgpu.SMEM((_SLOTS, _CONTRACTED, strip), x.dtype),
+        "d_w_blocks": plgpu.SMEM((hopper.COMPUTE, hopper.ROWS, _STORED), x.dtype),
+        "ring": hopper.ring_barriers(_SLOTS, num_copies=hopper.COMPUTE + 1),
+    }
+    return hopper.kernel(
+        functools.partial(_weight_gradient_kernel, strip=strip),
+        out_type=jax.ShapeDtypeStruct((num_groups, num_inputs, num_outputs), x.dtype),
+        scratch=scratch,
+        grid={"block": min(hopper_products.NUM_BLOCKS, units)},
+        cost=pl.CostEstimate(
+            flops=2 * num_rows * num_inputs * num_outputs,
+            bytes_accessed=x.dtype.itemsize
+            * (num_rows * (num_inputs + num_outputs) + num_groups * num_inputs * num_outputs),
+            transcendentals=0,
+        ),
+        interpret=interpret,
+    )(end - sizes, end, x, d_y)
+
+
+class _Sum(NamedTuple):
+    steps: Array
+    group: Array
+    start: Array
+    row: Array
+    column: Array
+
+
+def _weight_gradient_kernel(
+    begin, end, x, d_y, d_w, *, x_blocks, d_y_blocks, d_w_blocks, ring, strip
+):
+    groups, inputs, outputs = d_w.shape
+    strips, stripes = outputs // strip, inputs // hopper_products.TILE_ROWS
+
+    def unit(number):
+        group = jax.lax.div(number, strips * stripes)
+        within = jax.lax.rem(number, strips * stripes)
+        start = jax.lax.div(begin[group], hopper_products.ALIGNMENT) * hopper_products.ALIGNMENT
+        steps = jax.lax.div(end[group] - start + _CONTRACTED - 1, _CONTRACTED)
+        return _Sum(
+            steps=jnp.where(end[group] > begin[group], steps, 0),
+            group=group,
+            start=start,
+            row=jax.lax.div(within, strips) * hopper_products.TILE_ROWS,
+            column=jax.lax.rem(within, strips) * strip,
+        )
+
+    def copies(at, barrier):
+        unit, step, _, slot = at
+        rows = pl.ds(unit.start + step * _CONTRACTED, _CONTRACTED)
+        for half in range(hopper.COMPUTE):
+            columns = pl.ds(unit.row + half * hopper.ROWS, hopper.ROWS)
+            plgpu.copy_gmem_to_smem(x.at[rows, columns], x_blocks.at[slot, half], barrier)
+        columns = pl.ds(unit.column, strip)
+        plgpu.copy_gmem_to_smem(d_y.at[rows, columns], d_y_blocks.at[slot], barrier)
+
+    def product(warpgroup):
+        def multiply(at, total, state):
+            unit, step, _, slot = at
+            row = unit.start + step * _CONTRACTED
+            first, last = begin[unit.group] - row, end[unit.group] - row
+
+            @pl.when((first > 0) | (last < _CONTRACTED))
+            def _():
+                for block in (x_blocks.at[slot, warpgroup], d_y_blocks.at[slot]):
+                    hopper_products.keep_rows(block, first, last)
+                plgpu.commit_smem()
+
+            plgpu.wgmma(total, x_blocks.at[slot, warpgroup].transpose((1, 0)), d_y_blocks.at[slot])
+
+        def finish(unit, total):
+            rows = hopper_products.Rows(
+                unit.row + warpgroup * hopper.ROWS, jnp.int32(0), jnp.int32(hopper.ROWS)
+            )
+            hopper_products.store(
+                total, d_w_blocks.at[warpgroup], d_w.at[unit.group], rows, unit.column
+            )
+
+        return Product(unit, copies, multiply, finish, (hopper.ROWS, strip))
+
+    hopper_products.run(groups * strips * stripes, ring, product)
