@@ -66,6 +66,7 @@ class At(NamedTuple):
     step: Array  # of the unit
     done: Array  # blocks before it in this program
     slot: Array  # of the ring
+    part: int = 0  # step modulo `unrolled`
 
 
 class Product(NamedTuple):
@@ -138,7 +139,7 @@ def _compute(parts: Product, ring: hopper.Ring, unit: Any, done: Array) -> Array
         def steps(i: Array, done: Array) -> Array:
             state = None
             for part in range(parts.unrolled):
-                at = At(unit, i * parts.unrolled + part, done, jax.lax.rem(done, slots))
+                at = At(unit, i * parts.unrolled + part, done, jax.lax.rem(done, slots), part)
                 if part == 0 and parts.begin is not None:
                     state = parts.begin(at)
                 plgpu.barrier_wait(ring.full.at[at.slot])
