@@ -16,10 +16,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+from kimi_jax.core.platform import target_chip
+
 COMPUTE = 2  # warpgroups that calculate
 ROWS = 64  # of a product that one warpgroup accumulates
 _COMPUTE_REGISTERS = 240  # a thread; 2 * 240 + 24 of the 512 that three warpgroups share
 _COPY_REGISTERS = 24
+_CAPABILITY = "9.0"
+_HOPPERS = ("h100", "h200")  # of `target_chip`
+
+def require(kernel_name: str, dtype: Any, interpret: bool) -> None:
+    """Raises `NotImplementedError` unless a program is for a Hopper GPU, and in bfloat16."""
+    if dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"{kernel_name}: 'pallas_gpu' takes bfloat16, got {dtype}; cast the operands, or choose "
+            "'auto' in compute.implementation"
+        )
+    # A device that is not there has a name, one that is there also says what it can do.
+    here = jax.devices()[0]
+    is_hopper = getattr(here, "compute_capability", None) == _CAPABILITY
+    if not interpret and not is_hopper and target_chip() not in _HOPPERS:
+        raise NotImplementedError(
+            f"{kernel_name}: 'pallas_gpu' needs a GPU of compute capability {_CAPABILITY} (Hopper: "
+            f"H100, H200), and this program is for a {here.device_kind!r}; choose 'auto' in "
+            "compute.implementation"
+        )
 
 
 class Factors(NamedTuple):
@@ -82,33 +103,54 @@ class Ring(NamedTuple):
     full: Any  # [slots]
     empty: Any  # [slots]
 
-    def fill(self, num_steps: Array, copies: Callable[[Array, Array, Any], None]) -> None:
+    def fill(self, num_steps: Array, copies: Callable[..., None]) -> None:
         """Fills slots; `copies(step, slot, barrier)` starts all copies of a step's block."""
-        num_slots = self.full.shape[0]
 
         @pl.loop(0, num_steps)
         def _(step):
-            slot = jax.lax.rem(step, num_slots)
+            slot = self._slot(step)
 
-            @pl.when(step >= num_slots)
+            @pl.when(step >= self.full.shape[0])
             def _():
                 plgpu.barrier_wait(self.empty.at[slot])
 
             copies(step, slot, self.full.at[slot])
 
-    def use(
-        self, first: Array, last: Array, state: Any, visit: Callable[[Array, Array, Any], Any]
-    ) -> Any:
+    def use(self, first: Array | int, last: Array, state: Any, visit: Callable[..., Any]) -> Any:
         """Returns the state after `visit(step, slot, state)` for steps first to last - 1."""
+        return jax.lax.fori_loop(
+            first, last, lambda step, state: self.use_one(step, state, visit), state
+        )
 
-        def step_of(step, state):
-            slot = jax.lax.rem(step, self.full.shape[0])
-            plgpu.barrier_wait(self.full.at[slot])
-            state = visit(step, slot, state)
-            plgpu.barrier_arrive(self.empty.at[slot])
-            return state
+    def use_one(self, step: Array, state: Any, visit: Callable[..., Any]) -> Any:
+        """Returns the state after one step."""
+        slot = self._slot(step)
+        plgpu.barrier_wait(self.full.at[slot])
+        state = visit(step, slot, state)
+        plgpu.barrier_arrive(self.empty.at[slot])
+        return state
 
-        return jax.lax.fori_loop(first, last, step_of, state)
+    def send(self, step: Array, blocks: Any, values: Array) -> None:
+        """Gives another warpgroup the block of a step."""
+        slot = self._slot(step)
+
+        @pl.when(step >= self.full.shape[0])
+        def _():
+            plgpu.barrier_wait(self.empty.at[slot])
+
+        blocks.at[slot][...] = values
+        plgpu.barrier_arrive(self.full.at[slot])
+
+    def receive(self, step: Array, blocks: Any) -> Array:
+        """Returns the block that another warpgroup sent."""
+        slot = self._slot(step)
+        plgpu.barrier_wait(self.full.at[slot])
+        values = blocks.at[slot][...]
+        plgpu.barrier_arrive(self.empty.at[slot])
+        return values
+
+    def _slot(self, step: Array) -> Array:
+        return jax.lax.rem(step, self.full.shape[0])
 
 
 def ring_barriers(num_slots: int, num_copies: int) -> Ring:
@@ -117,6 +159,12 @@ def ring_barriers(num_slots: int, num_copies: int) -> Ring:
         full=plgpu.Barrier(num_arrivals=num_copies, num_barriers=num_slots),
         empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=num_slots),
     )
+
+
+def exchange_barriers(num_slots: int) -> Ring:
+    """Describes the barriers of a ring that one warpgroup sends to another through."""
+    barriers = plgpu.Barrier(num_arrivals=1, num_barriers=num_slots)
+    return Ring(full=barriers, empty=barriers)
 
 
 def specialise(compute: Callable[[Array], None], copy: Callable[[], None]) -> None:

@@ -49,12 +49,12 @@ class Queries(NamedTuple):
         return Queries(*wide, self.segments.at[sequence, rows], *columns)
 
 
-def shared_memory(arrays: Any, count: int, rows: int) -> Any:
-    """Describes shared memory for `count` blocks of `rows` rows of `Keys` or `Queries`."""
+def shared_memory(arrays: Any, *shape: int) -> Any:
+    """Describes shared memory for blocks of `Keys` or `Queries`; the shape ends in rows."""
     vectors = ("segments", "log_sum", "inner")
     return type(arrays)(
         *(
-            plgpu.SMEM((count, rows) if name in vectors else (count, rows, x.shape[-1]), x.dtype)
+            plgpu.SMEM(shape if name in vectors else (*shape, x.shape[-1]), x.dtype)
             for name, x in arrays._asdict().items()
         )
     )
@@ -70,9 +70,9 @@ def axes() -> tuple[Array, Array, Array]:
     return tuple(jax.lax.axis_index(name) for name in ("tile", "head", "sequence"))
 
 
-def grid(batch: int, num_heads: int, num_positions: int) -> dict[str, int]:
+def grid(batch: int, num_heads: int, num_positions: int, tile: int) -> dict[str, int]:
     """Returns the grid: tiles of one head run together, so that the cache holds what they share."""
-    return {"tile": num_positions // TILE, "head": num_heads, "sequence": batch}
+    return {"tile": num_positions // tile, "head": num_heads, "sequence": batch}
 
 
 def cost(operands: Any, results: Any, widths: int) -> pl.CostEstimate:
@@ -98,10 +98,9 @@ def along_columns(x: Array, shape: tuple[int, int]) -> Array:
 
 
 class Pairs(NamedTuple):
-    """Which position each row and column of a block of logits is."""
+    """Which pairs of a block of logits meet."""
 
-    first_row: Array
-    first_column: Array
+    row_minus_column: Array  # position of the first row, less that of the first column
     rows_are_queries: bool
     crosses_diagonal: bool  # else causality hides no pair
 
@@ -111,8 +110,8 @@ class Pairs(NamedTuple):
         visible = along_rows(row_segments, shape) == along_columns(column_segments, shape)
         if self.crosses_diagonal:
             row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-            ahead = (row - column) + (self.first_row - self.first_column)
-            visible &= (ahead >= 0) if self.rows_are_queries else (ahead <= 0)
+            row += self.row_minus_column
+            visible &= (row >= column) if self.rows_are_queries else (row <= column)
         return jnp.where(visible, logits, MASKED)
 
 

@@ -58,7 +58,7 @@ def forward(
         functools.partial(_attend_tile, scale=scale, interpret=interpret),
         out_type=results,
         scratch=(own, blocks.shared_memory(keys, _SLOTS, TILE), ring),
-        grid=blocks.grid(batch, num_heads, num_positions),
+        grid=blocks.grid(batch, num_heads, num_positions, TILE),
         cost=blocks.cost((q_nope, q_rope, keys), results, nope + rope + width),
         interpret=interpret,
     )
@@ -91,12 +91,12 @@ def _attend_tile(*refs, scale: float, interpret: bool) -> None:
         plgpu.barrier_wait(own.arrived)
 
         def visit(step, slot, softmax, diagonal):
-            pairs = blocks.Pairs(start, step * TILE, True, diagonal)
+            pairs = blocks.Pairs(start - step * TILE, True, diagonal)
             return _visit(own, blocks.pick(key_blocks, slot), softmax, pairs, scale, interpret)
 
         softmax = blocks.empty_softmax(out.shape[3])
         softmax = ring.use(0, tile, softmax, functools.partial(visit, diagonal=False))
-        softmax = ring.use(tile, tile + 1, softmax, functools.partial(visit, diagonal=True))
+        softmax = ring.use_one(tile, softmax, functools.partial(visit, diagonal=True))
         results = _store(own, softmax, out.shape[3])
         columns = (x.at[sequence, head, rows] for x in (largest, log_sum))
         hopper.copy_out(results, (out.at[heads_here], *columns))
