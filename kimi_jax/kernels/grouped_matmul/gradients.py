@@ -44,7 +44,8 @@ def differentiable(
             return d_x, None, None
         d_w = weight_gradient(x, d_y, group_sizes)
         if isinstance(w, FakeQuantized):
-            return d_x, FakeQuantized(carrier=d_w, quantized=None), None
+            no_gradient = Int4Weight(codes=None, scales=None)
+            return d_x, FakeQuantized(carrier=d_w, quantized=no_gradient), None
         return d_x, d_w, None
 
     grouped_matmul.defvjp(run_forward, run_backward)

@@ -20,6 +20,7 @@ dimension C, whole.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,6 +104,7 @@ def weight_gradient(
     limits = {"rows": num_rows, "inputs": num_inputs, "outputs": num_outputs}
     t = _tiles("weight_gradient", tiles, limits, groups=num_groups)
     plan = visits.by_group(group_sizes, num_rows, t["rows"])
+    result = jax.ShapeDtypeStruct((num_groups, num_inputs, num_outputs), x.dtype)
     return pl.pallas_call(
         functools.partial(_weight_gradient_kernel, part=t["part"]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -121,9 +123,9 @@ def weight_gradient(
             ),
             scratch_shapes=[pltpu.VMEM((t["inputs"], t["outputs"]), F32)],
         ),
-        out_shape=jax.ShapeDtypeStruct((num_groups, num_inputs, num_outputs), x.dtype),
+        out_shape=result,
         compiler_params=_params(("parallel", "parallel", "arbitrary")),
-        cost_estimate=_cost(num_rows, num_inputs, num_outputs, num_groups, x.dtype.itemsize, 2),
+        cost_estimate=_cost((num_rows, num_inputs, num_outputs), (x, d_y, result)),
         interpret=interpret,
         name="grouped_matmul_weight_gradient",
     )(*plan, x, d_y)
@@ -145,6 +147,7 @@ def _multiply(
     t = _tiles(piece, tiles, limits, contracted=width, groups=w.shape[0], int4=int(packed))
     columns = t["columns"]
     plan = visits.by_tile(group_sizes, num_rows, t["rows"])
+    result = jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype)
 
     def matrix(inputs_per_entry: int) -> pl.BlockSpec:
         if contract == 1:
@@ -170,16 +173,9 @@ def _multiply(
             out_specs=pl.BlockSpec((t["rows"], columns), lambda j, v, *p: (_of(p).target[v], j)),
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
+        out_shape=result,
         compiler_params=_params(("parallel", "arbitrary")),
-        cost_estimate=_cost(
-            num_rows,
-            width,
-            num_columns,
-            w.shape[0],
-            x.dtype.itemsize,
-            0.5 + 2 / w.group_size if packed else x.dtype.itemsize,
-        ),
+        cost_estimate=_cost((num_rows, width, num_columns), (x, *operands, result)),
         interpret=interpret,
         name=f"grouped_matmul_{piece}",
     )(*plan, x, *operands)
@@ -280,12 +276,11 @@ def _params(semantics: tuple[str, ...]) -> pltpu.CompilerParams:
     )
 
 
-def _cost(
-    rows: int, width: int, columns: int, groups: int, itemsize: int, weight_bytes: float
-) -> pl.CostEstimate:
-    moved = rows * (width + columns) * itemsize + groups * width * columns * weight_bytes
+def _cost(sizes: tuple[int, int, int], arrays: tuple[Any, ...]) -> pl.CostEstimate:
     return pl.CostEstimate(
-        flops=2 * rows * width * columns, bytes_accessed=int(moved), transcendentals=0
+        flops=2 * math.prod(sizes),
+        bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays),
+        transcendentals=0,
     )
 
 
