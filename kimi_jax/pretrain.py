@@ -66,7 +66,7 @@ def pretrain(
     print_banner(pathlib.Path(workdir).name, _sections(config, mesh, corpus, held_out))
     started = time.monotonic()
     with jax.set_mesh(mesh):
-        evaluate = HeldOutEvaluation(config, held_out, mesh) if held_out else None
+        evaluate = HeldOutEvaluation(held_out, mesh) if held_out else None
         state = train(config, workdir, corpus, mesh=mesh, evaluate=evaluate, resume=resume)
         summary = _summary(config, mesh, held_out)
         summary["sample"] = _sample(config, corpus, state)
@@ -162,6 +162,7 @@ def _sample(config: ExperimentConfig, corpus: Corpus, state: TrainState) -> dict
         temperature=_SAMPLE_TEMPERATURE,
         config=config.model,
         choices=config.compute,
+        quantization=config.at_step(config.training.num_steps).quantization,
     )
     first = jax.reshard(tokens, REPLICATED)[0]  # every process has it then
     text = corpus.tokenizer.decode(np.asarray(first)[1:].tolist())

@@ -47,7 +47,7 @@ class Sweep:
         held_out = held_out_batches(self._corpus, base.data, base.training.batch_sequences)
         self._mesh = meshes.make_mesh(base.parallel, base.model.num_routed_experts)
         self._plan = transformer.specs(base.model)
-        self._evaluate = HeldOutEvaluation(base, held_out, self._mesh)
+        self._evaluate = HeldOutEvaluation(held_out, self._mesh)
         self._step_of: dict[OptimizerConfig, Any] = {}
         self._steps_done, self._seconds = 0, 0.0
         self._seen: set[str] = set()
@@ -90,7 +90,7 @@ class Sweep:
                 state, metrics = train_at_rate(state, next(feed), rate)
                 log.write(step, metrics | {"optimizer/learning_rate": rate})
                 if (step + 1) % training.eval_every == 0 or step + 1 == training.num_steps:
-                    log.write(step, self._evaluate(state.params))
+                    log.write(step, self._evaluate(state.params, config.at_step(step)))
                 if not math.isfinite(log.latest.get("loss/train", 0.0)):
                     break
         batches.close()

@@ -15,7 +15,6 @@ import ml_collections
 
 from experiments.configs import kimi_k2_recipe
 from kimi_jax.configs import convert
-from kimi_jax.configs.compute import ComputeConfig, Remat
 from kimi_jax.configs.optimizer import ScheduleConfig
 from kimi_jax.configs.parallel import ParallelConfig
 
@@ -28,9 +27,6 @@ def get_config() -> ml_collections.ConfigDict:
             schedule=ScheduleConfig(peak=kimi_k2_recipe.FINAL_RATE),
             num_steps=100,
             parallel=ParallelConfig(data=1, expert=32, context=16),
-            compute=ComputeConfig(
-                remat=Remat.FULL, logits_chunk_tokens=1024, exchange_capacity=1.25
-            ),
             accumulation_steps=16,
         )
     )

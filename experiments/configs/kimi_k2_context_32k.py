@@ -15,7 +15,6 @@ import ml_collections
 
 from experiments.configs import kimi_k2_recipe
 from kimi_jax.configs import convert
-from kimi_jax.configs.compute import ComputeConfig, Remat
 from kimi_jax.configs.optimizer import ScheduleConfig
 from kimi_jax.configs.parallel import ParallelConfig
 
@@ -36,9 +35,6 @@ def get_config() -> ml_collections.ConfigDict:
             ),
             num_steps=_NUM_STEPS,
             parallel=ParallelConfig(data=1, expert=64, context=8),
-            compute=ComputeConfig(
-                remat=Remat.FULL, logits_chunk_tokens=1024, exchange_capacity=1.25
-            ),
             accumulation_steps=32,
         )
     )

@@ -11,7 +11,6 @@ import ml_collections
 
 from experiments.configs import kimi_k2_recipe
 from kimi_jax.configs import convert
-from kimi_jax.configs.compute import ComputeConfig, Remat
 from kimi_jax.configs.parallel import ParallelConfig
 
 
@@ -20,9 +19,6 @@ def get_config() -> ml_collections.ConfigDict:
     return convert.to_config_dict(
         kimi_k2_recipe.experiment(
             parallel=ParallelConfig(data=16, expert=64),
-            compute=ComputeConfig(
-                remat=Remat.FULL, logits_chunk_tokens=1024, exchange_capacity=1.25
-            ),
             accumulation_steps=4,  # four sequences a GPU
         )
     )

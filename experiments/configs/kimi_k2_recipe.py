@@ -11,7 +11,7 @@ selection biases are not published; they are this project's defaults. The corpus
 import dataclasses
 
 from kimi_jax.configs import presets
-from kimi_jax.configs.compute import ComputeConfig
+from kimi_jax.configs.compute import ComputeConfig, Remat
 from kimi_jax.configs.data import (
     DataConfig,
     SourceConfig,
@@ -36,7 +36,6 @@ FINAL_RATE = 7e-6
 def experiment(
     *,
     parallel: ParallelConfig,
-    compute: ComputeConfig,
     accumulation_steps: int,
     momentum_dtype: MomentumDtype = MomentumDtype.FLOAT32,
 ) -> ExperimentConfig:
@@ -67,7 +66,9 @@ def experiment(
             eval_every=1000,
             checkpoint_every=250,
         ),
-        compute=compute,
+        # Of each layer a device keeps the input alone, and the exchange has room for a quarter more
+        # rows than an even load brings.
+        compute=ComputeConfig(remat=Remat.FULL, logits_chunk_tokens=1024, exchange_capacity=1.25),
         parallel=parallel,
     )
 
@@ -78,14 +79,13 @@ def context_stage(
     schedule: ScheduleConfig,
     num_steps: int,
     parallel: ParallelConfig,
-    compute: ComputeConfig,
     accumulation_steps: int,
 ) -> ExperimentConfig:
     """Returns a stage of longer sequences, in batches of as many tokens, with the released YaRN.
 
     That the batch keeps its tokens, and YaRN already acts at 32 K, is inferred.
     """
-    start = experiment(parallel=parallel, compute=compute, accumulation_steps=accumulation_steps)
+    start = experiment(parallel=parallel, accumulation_steps=accumulation_steps)
     return dataclasses.replace(
         start,
         model=presets.kimi_k2(),

@@ -9,6 +9,7 @@ from kimi_jax.configs.data import DataConfig
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.configs.optimizer import OptimizerConfig
 from kimi_jax.configs.parallel import ParallelConfig
+from kimi_jax.configs.quantization import QuantizationConfig, WeightFormat
 from kimi_jax.configs.training import TrainingConfig
 from kimi_jax.core.errors import require
 
@@ -24,6 +25,7 @@ class ExperimentConfig:
       training: for how long, and what is kept.
       compute: formats, kernels and memory.
       parallel: the mesh.
+      quantization: which weights are rounded while they are trained.
     """
 
     model: ModelConfig
@@ -32,6 +34,7 @@ class ExperimentConfig:
     training: TrainingConfig
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    quantization: QuantizationConfig = dataclasses.field(default_factory=QuantizationConfig)
 
     def __post_init__(self):
         check_fields(self, "config")
@@ -65,6 +68,13 @@ class ExperimentConfig:
                 f"{option} must divide {split} ({size}), which it splits; "
                 f"{math.gcd(size, shards)} would fit, or a multiple of {shards} in {split}",
             )
+
+    def at_step(self, step: int) -> "ExperimentConfig":
+        """Returns the run as it is at a step: weights are rounded from `start_step` on."""
+        if step >= self.quantization.start_step:
+            return self
+        plain = dataclasses.replace(self.quantization, format=WeightFormat.COMPUTE)
+        return dataclasses.replace(self, quantization=plain)
 
     @property
     def batch_tokens(self) -> int:

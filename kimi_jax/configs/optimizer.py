@@ -115,7 +115,8 @@ class OptimizerConfig:
       adam_b2: decay of AdamW's second moment.
       adam_eps: added to the root of AdamW's second moment.
       offload_state: whether Muon's momentum, nearly all of the state, lies in the host's memory and
-        visits the devices layer by layer; on a CPU that is the same memory.
+        visits the devices layer by layer; on a CPU that is the same memory. No step was compiled
+        that needs less of the devices' memory with it (BUILD_NOTES.md).
       qk_clip_threshold: tau, the largest attention logit allowed; None never clips.
       max_grad_norm: global norm above which gradients are scaled down; None never scales.
       selection_bias_rate: u of the router's balancing rule (arXiv 2502.16982, section 3.3); None

@@ -12,7 +12,9 @@ class ParallelConfig:
     Attributes:
       pipe: stages that the mixture blocks run through, one after the other, each with its share of
         the layers; it must divide their number. Every other weight and the batch are split along
-        it. Its devices exchange activations only, so that it, too, may lie across slices.
+        it. Its devices exchange activations after each of those blocks, the blocks' weights and
+        gradients once a step, and parts of all other weights every micro-batch; it, too, may lie
+        across slices.
       replica: copies of everything: only the batch is split along this axis. Its devices need few
         exchanges, so that it may lie across slices, over the data-centre network.
       data: devices along which the batch and every weight are split (FSDP); None takes all that the

@@ -2,12 +2,14 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.configs.quantization import QuantizationConfig
 from kimi_jax.data.batches import Batch
 from kimi_jax.data.device_feed import put_batch
 from kimi_jax.data.pipeline import HeldOut
@@ -16,25 +18,34 @@ from kimi_jax.parallel.rules import TOKENS
 
 
 class HeldOutEvaluation:
-    """Measures parameters on all held-out text; compiles once."""
+    """Measures parameters on all held-out text; compiles once for each format of weights."""
 
-    def __init__(self, config: ExperimentConfig, held_out: HeldOut, mesh: Mesh) -> None:
+    def __init__(self, held_out: HeldOut, mesh: Mesh) -> None:
         """Reads nothing yet.
 
         Args:
-          config: the run.
           held_out: the batches to measure on and what they amount to.
           mesh: the devices.
         """
         self._held_out = held_out
         self._sharding = NamedSharding(mesh, TOKENS)
-        self._batch_nats = jax.jit(functools.partial(summed_loss, config=config))
+        self._programs: dict[QuantizationConfig, Any] = {}
 
-    def __call__(self, params: transformer.TransformerParams) -> dict[str, float]:
-        """Returns eval/loss, in nats per token, and eval/bits_per_byte."""
+    def __call__(
+        self, params: transformer.TransformerParams, config: ExperimentConfig
+    ) -> dict[str, float]:
+        """Returns eval/loss, in nats per token, and eval/bits_per_byte.
+
+        Args:
+          params: stored parameters.
+          config: the run; from call to call only `quantization` may differ.
+        """
+        if config.quantization not in self._programs:
+            program = jax.jit(functools.partial(summed_loss, config=config))
+            self._programs[config.quantization] = program
+        batch_nats = self._programs[config.quantization]
         sums = [
-            self._batch_nats(params, put_batch(batch, self._sharding))
-            for batch in self._held_out.batches
+            batch_nats(params, put_batch(batch, self._sharding)) for batch in self._held_out.batches
         ]
         nats, weight = (sum(map(float, part)) for part in zip(*sums, strict=True))
         return {
@@ -47,6 +58,11 @@ def summed_loss(
     params: transformer.TransformerParams, batch: Batch, *, config: ExperimentConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of weight * -log p over a batch, in nats, and the sum of weights."""
-    params = transformer.to_stages(params, config=config.model, choices=config.compute)
+    params = transformer.prepare(
+        params,
+        config=config.model,
+        choices=config.compute,
+        quantization=config.quantization,
+    )
     losses, _ = loss.batch_losses(params, batch, config=config.model, choices=config.compute)
     return jnp.sum(losses * batch.weights), jnp.sum(batch.weights)

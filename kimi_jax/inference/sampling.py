@@ -8,6 +8,7 @@ from jaxtyping import Array, Int
 
 from kimi_jax.configs.compute import ComputeConfig
 from kimi_jax.configs.model import ModelConfig
+from kimi_jax.configs.quantization import QuantizationConfig
 from kimi_jax.model import transformer
 from kimi_jax.parallel.mesh import position_shards
 from kimi_jax.parallel.rules import BATCH
@@ -22,6 +23,7 @@ def sample(
     temperature: float,
     config: ModelConfig,
     choices: ComputeConfig,
+    quantization: QuantizationConfig,
 ) -> Int[Array, "B T"]:
     """Continues prompts of equal length.
 
@@ -36,24 +38,24 @@ def sample(
       temperature: above 0.
       config: the architecture; P + num_tokens must not exceed max_position.
       choices: how to compute it.
+      quantization: which weights are rounded first.
 
     Returns:
       Prompts and continuations, T = P + num_tokens.
     """
-    return _sample(
-        params, prompts, key, temperature, num_tokens=num_tokens, config=config, choices=choices
-    )
+    options = {"config": config, "choices": choices, "quantization": quantization}
+    return _sample(params, prompts, key, temperature, num_tokens=num_tokens, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("num_tokens", "config", "choices"))
-def _sample(params, prompts, key, temperature, *, num_tokens, config, choices):
+@functools.partial(jax.jit, static_argnames=("num_tokens", "config", "choices", "quantization"))
+def _sample(params, prompts, key, temperature, *, num_tokens, config, choices, quantization):
     length = prompts.shape[1]
     # The mesh may split positions: there have to be enough, and more, which come last, do no harm.
     padding = -(length + num_tokens) % position_shards(jax.sharding.get_abstract_mesh())
     tokens = jax.reshard(jnp.pad(prompts, ((0, 0), (0, num_tokens + padding))), BATCH)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segments = jnp.ones_like(tokens)
-    params = transformer.to_stages(params, config=config, choices=choices)
+    params = transformer.prepare(params, config=config, choices=choices, quantization=quantization)
 
     def add_token(index: Array, tokens: Array) -> Array:
         hidden, _ = transformer.forward(

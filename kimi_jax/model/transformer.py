@@ -11,11 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import ComputeConfig, Remat
 from kimi_jax.configs.model import ModelConfig
+from kimi_jax.configs.quantization import QuantizationConfig
 from kimi_jax.core import axes as ax
 from kimi_jax.core.param_spec import EMBEDDING, HEAD, Leaf, ParamSpec, stack
 from kimi_jax.model import block, norm
 from kimi_jax.model.linear import project
 from kimi_jax.model.stats import BlockStats, ModelStats, reduce_blocks
+from kimi_jax.parallel import quantized
 from kimi_jax.parallel.collectives import (
     first_of_tensor_share_per_shard,
     sum_over_tensor_per_shard,
@@ -32,6 +34,7 @@ from kimi_jax.parallel.rules import (
     partition_specs,
     reshard,
 )
+from kimi_jax.quantization.qat import attach
 
 _LAYER_INPUT = "layer_input"
 # What Remat.K2 keeps of a layer beside its input: the results of attention and of all products but
@@ -105,6 +108,36 @@ def to_stages(
     )
 
 
+def quantize(
+    params: TransformerParams,
+    *,
+    config: ModelConfig,
+    choices: ComputeConfig,
+    quantization: QuantizationConfig,
+) -> Any:
+    """Rounds the chosen weights once, for all layers and micro-batches.
+
+    Returns:
+      What `quantization.qat.attach` puts beside `to_stages(params)`, where no gradient flows.
+    """
+    rounded = quantized.quantize(params, specs(config), choices.dtype.value, quantization)
+    if num_stages() == 1 or rounded is None:
+        return rounded
+    return rounded.replace(moe_blocks=deal_layers(rounded.moe_blocks))
+
+
+def prepare(
+    params: TransformerParams,
+    *,
+    config: ModelConfig,
+    choices: ComputeConfig,
+    quantization: QuantizationConfig,
+) -> TransformerParams:
+    """Returns stored parameters as `forward` wants them."""
+    rounded = quantize(params, config=config, choices=choices, quantization=quantization)
+    return attach(to_stages(params, config=config, choices=choices), rounded)
+
+
 def from_stages(gradients: TransformerParams, *, config: ModelConfig) -> TransformerParams:
     """Lays gradients of what `to_stages` returns out like the stored parameters."""
     if num_stages() == 1 or gradients.moe_blocks is None:
@@ -126,7 +159,7 @@ def forward(
     """Runs the decoder up to the final norm.
 
     Args:
-      params: `to_stages` of the stored parameters; every layer gathers its own when it runs.
+      params: from `prepare`; every layer gathers its own when it runs.
       inputs: token ids in [0, V).
       positions: index of each token within its document, in [0, max_position).
       segments: document number of each token; attention never leaves a document.

@@ -6,10 +6,21 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.core import precision
-from kimi_jax.core.param_spec import EMBEDDING, HEAD, MATRIX, ROUTER, ParamSpec, is_spec, map_specs
+from kimi_jax.core.param_spec import (
+    EMBEDDING,
+    HEAD,
+    MATRIX,
+    ROUTER,
+    ParamSpec,
+    is_spec,
+    map_specs,
+)
 from kimi_jax.core.rng import key_for
 from kimi_jax.core.trees import leaf_names
 from kimi_jax.parallel import rules
+from kimi_jax.parallel.quantized import gather_quantized
+from kimi_jax.quantization.fake_quant import FakeQuantized
+from kimi_jax.quantization.int4 import Int4Weight
 
 _ROUNDED_KINDS = frozenset({MATRIX, EMBEDDING, HEAD})
 
@@ -34,23 +45,42 @@ def to_compute(stored: Any, plan: Any, dtype: Any) -> Any:
 
     All-gathers each leaf over the mesh axes that split it in storage but not in compute; the
     backward pass reduce-scatters its gradient. What is cast is cast before it travels.
+
+    Args:
+      stored: parameters; any may be quantised, or fake-quantised.
+      plan: their specs.
+      dtype: to compute in.
+
+    Returns:
+      The parameters. Quantised routed experts stay quantised, for the kernels that multiply with
+      them; others become the values they stand for.
     """
     layouts = rules.partition_specs(plan, rules.COMPUTE)
-    return jax.tree.map(jax.reshard, cast(stored, plan, dtype), layouts)
+
+    def gather(spec: ParamSpec, leaf: Any, layout: PartitionSpec) -> Any:
+        if isinstance(leaf, FakeQuantized | Int4Weight):
+            return gather_quantized(spec, leaf, layout, dtype)
+        return jax.reshard(leaf.astype(_dtype(spec, dtype)), layout)
+
+    return map_specs(gather, plan, stored, layouts)
 
 
 def cast(stored: Any, plan: Any, dtype: Any) -> Any:
     """Casts matrices, embedding and head to the compute dtype.
 
     The router and the norm gains stay float32: ties decide experts, and gains are applied in
-    float32. Leaves may be stacks of what the plan describes.
+    float32. Quantised weights stay what they are. Leaves may be stacks of what the plan describes.
     """
 
-    def convert(spec: ParamSpec, leaf: jax.Array) -> jax.Array:
-        rounded = spec.kind in _ROUNDED_KINDS and ROUTER not in spec.tags
-        return leaf.astype(dtype) if rounded else leaf
+    def convert(spec: ParamSpec, leaf: Any) -> Any:
+        return leaf if isinstance(leaf, Int4Weight) else leaf.astype(_dtype(spec, dtype))
 
     return map_specs(convert, plan, stored)
+
+
+def _dtype(spec: ParamSpec, dtype: Any) -> Any:
+    rounded = spec.kind in _ROUNDED_KINDS and ROUTER not in spec.tags
+    return dtype if rounded else precision.MASTER
 
 
 def abstract_parameters(plan: Any, mesh: Mesh) -> Any:

@@ -75,8 +75,8 @@ def quantize(
             f"int4: groups of {group_size} do not divide {inputs} inputs into whole words of "
             f"{CODES_PER_WORD}; choose a multiple of {CODES_PER_WORD} that divides {inputs}"
         )
-    groups = w.astype(jnp.bfloat16).reshape(*stack, inputs // group_size, group_size, outputs)
-    groups = groups.astype(jnp.float32)
+    groups = w.astype(jnp.float32).reshape(*stack, inputs // group_size, group_size, outputs)
+    groups = to_bfloat16_grid(groups)
     scales = group_scales(groups) if scales is None else scales
     codes = nearest_codes(groups / scales.astype(jnp.float32)[..., None, :])
     return Int4Weight(codes=pack(codes.reshape(*stack, inputs, outputs)), scales=scales)
@@ -96,7 +96,16 @@ def nearest_codes(quotients: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
 def group_scales(groups: Float[Array, "*stack G N"]) -> Array:
     """Returns the scale of each group, the smallest one that clips nothing, in bfloat16."""
     largest = jnp.max(jnp.abs(groups.astype(jnp.float32)), axis=-2)
-    return jnp.maximum(largest / LARGEST_CODE, SMALLEST_SCALE).astype(jnp.bfloat16)
+    scales = jnp.maximum(largest / LARGEST_CODE, SMALLEST_SCALE)
+    return to_bfloat16_grid(scales).astype(jnp.bfloat16)
+
+
+def to_bfloat16_grid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Rounds float32 numbers to those that bfloat16 has.
+
+    A conversion to bfloat16 and back is nothing to XLA, which leaves it out where it fuses both.
+    """
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
 def dequantize(weight: Int4Weight, dtype: DTypeLike) -> Float[Array, "*stack K N"]:
@@ -105,8 +114,10 @@ def dequantize(weight: Int4Weight, dtype: DTypeLike) -> Float[Array, "*stack K N
     size = weight.group_size
     codes = unpack(weight.codes).reshape(*stack, inputs // size, size, outputs)
     scales = weight.scales.astype(jnp.float32)[..., None, :]
-    values = (codes.astype(jnp.float32) * scales).astype(dtype)
-    return values.reshape(weight.shape)
+    values = codes.astype(jnp.float32) * scales
+    if dtype == jnp.bfloat16:
+        values = to_bfloat16_grid(values)
+    return values.astype(dtype).reshape(weight.shape)
 
 
 def pack(codes: Int[Array, "*stack K N"]) -> Int[Array, "*stack words N"]:

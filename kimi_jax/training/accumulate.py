@@ -20,9 +20,9 @@ from kimi_jax.parallel.replicas import (
 )
 
 Parts = dict[str, jax.Array]
-# (params, micro-batch, weight of the whole batch)
-#   -> (the micro-batch's share of the batch's loss, (named parts of it, statistics))
-LossFunction = Callable[[Any, Any, jax.Array], tuple[jax.Array, tuple[Parts, ModelStats]]]
+# Takes parameters, a micro-batch, and constants; returns the micro-batch's share of the batch's
+# loss, and with it (named parts of the share, statistics).
+LossFunction = Callable[[Any, Any, Any], tuple[jax.Array, tuple[Parts, ModelStats]]]
 
 
 def split_micro_batches(batch: Any, count: int) -> Any:
@@ -41,25 +41,25 @@ def split_micro_batches(batch: Any, count: int) -> Any:
 
 
 def accumulate(
-    loss_fn: LossFunction, params: Any, micro_batches: Any, total_weight: jax.Array
+    loss_fn: LossFunction, params: Any, micro_batches: Any, constants: Any
 ) -> tuple[Any, Parts, ModelStats]:
     """Sums losses and gradients over micro-batches and merges their statistics.
 
     Exact token weighting is the loss function's part: it divides by the weight of the whole batch,
-    so that shares add up whatever the micro-batches hold. Replicas compute apart, and add up what
-    they have after the last micro-batch.
+    one of the constants, so that shares add up whatever the micro-batches hold. Replicas compute
+    apart, and add up what they have after the last micro-batch.
 
     Args:
       loss_fn: see `LossFunction`; its shares and parts are added, its statistics merged each by
         its declared reduction (maxima stay maxima).
       params: differentiated.
       micro_batches: leaves with a leading axis of micro-batches.
-      total_weight: of all tokens of all micro-batches.
+      constants: what the loss depends on beside, the same for all micro-batches.
 
     Returns:
       Gradients in float32, the parts of the loss, the statistics.
     """
-    shared = (params, total_weight)
+    shared = (params, constants)
     if num_replicas() == 1:
         return _accumulate(loss_fn, shared, micro_batches)
     run = in_replicas(functools.partial(_accumulate_and_agree, loss_fn))
@@ -67,7 +67,7 @@ def accumulate(
 
 
 def _accumulate_and_agree(
-    loss_fn: LossFunction, shared: tuple[Any, jax.Array], micro_batches: Any
+    loss_fn: LossFunction, shared: tuple[Any, Any], micro_batches: Any
 ) -> tuple[Any, Parts, ModelStats]:
     """Accumulates a replica's own rows, and brings all replicas' results together once."""
     gradients, parts, stats = _accumulate(loss_fn, shared, micro_batches)
@@ -77,14 +77,14 @@ def _accumulate_and_agree(
 
 
 def _accumulate(
-    loss_fn: LossFunction, shared: tuple[Any, jax.Array], micro_batches: Any
+    loss_fn: LossFunction, shared: tuple[Any, Any], micro_batches: Any
 ) -> tuple[Any, Parts, ModelStats]:
-    """Accumulates over micro-batches; `shared` are the parameters and the whole batch's weight."""
-    params, total_weight = shared
+    """Accumulates over micro-batches; `shared` are the parameters and the constants."""
+    params, constants = shared
     gradient_fn = jax.grad(loss_fn, has_aux=True)
 
     def compute(micro_batch: Any) -> tuple[Any, Parts, ModelStats]:
-        gradients, (parts, stats) = gradient_fn(params, micro_batch, total_weight)
+        gradients, (parts, stats) = gradient_fn(params, micro_batch, constants)
         return precision.cast_floats(gradients, precision.MASTER), parts, stats
 
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)

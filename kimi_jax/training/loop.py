@@ -18,13 +18,14 @@ from kimi_jax.training import faults
 from kimi_jax.training import workdir as workdirs
 from kimi_jax.training.checkpoint import Checkpointer
 from kimi_jax.training.metric_log import MetricLog
+from kimi_jax.training.phases import compile_phases
 from kimi_jax.training.progress import Progress
 from kimi_jax.training.state import TrainState, abstract_state, initial_state
-from kimi_jax.training.step import compile_train_step, make_optimizer
+from kimi_jax.training.step import make_optimizer
 from kimi_jax.training.throughput import Throughput
 
-# (stored parameters) -> metrics named eval/...
-Evaluation = Callable[[transformer.TransformerParams], dict[str, float]]
+# Takes stored parameters and the run as it is at the step; returns metrics named eval/...
+Evaluation = Callable[[transformer.TransformerParams, ExperimentConfig], dict[str, float]]
 
 
 def train(
@@ -59,25 +60,25 @@ def train(
     plan = transformer.specs(config.model)
     workdir = workdirs.claim(workdir, config, resume=resume)
     every, num_steps = config.training, config.training.num_steps
-    train_step = compile_train_step(config, plan, mesh)
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         checkpoints = enter(Checkpointer(workdir, keep=every.checkpoints_to_keep))
+        first_step = checkpoints.latest_step or 0
+        train_step = compile_phases(config, plan, mesh, first_step=first_step)
         layout = jax.NamedSharding(mesh, TOKENS)
         feed = enter(closing(open_feed(corpus, config.data, every.batch_sequences, layout)))
         state = _resume_or_start(config, plan, mesh, checkpoints, feed)
-        first_step = int(state.step)
         log = enter(MetricLog(workdir, from_step=first_step, lines_every=every.log_every))
         progress = enter(Progress(num_steps))
         stop, throughput = enter(faults.StopRequest(mesh)), Throughput(config)
         for step in range(first_step, num_steps):
-            state, metrics = train_step(state, next(feed))
+            state, metrics = train_step(step)(state, next(feed))
             log.write(step, metrics)  # records the step before: the host never waits for this one
             log.write(step, throughput.tick(num_steps - step - 1))
             faults.check(log.latest_step, log.latest)
             last = step + 1 == num_steps
             if evaluate is not None and (last or _due(step, every.eval_every)):
-                log.write(step, evaluate(state.params))
+                log.write(step, evaluate(state.params, config.at_step(step)))
                 throughput.restart()
             stopped_by = stop.agreed()
             if last or stopped_by or _due(step, every.checkpoint_every):

@@ -18,10 +18,12 @@ from kimi_jax.optimizers import load_balance, muon_clip, qk_clip
 from kimi_jax.optimizers.schedules import learning_rate_schedule
 from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.parallel.topologies import lowering_platform
+from kimi_jax.quantization.qat import attach
 from kimi_jax.training.accumulate import accumulate, split_micro_batches
 from kimi_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_optimizer(config: ExperimentConfig, plan: Any) -> optax.GradientTransformation:
@@ -57,9 +59,7 @@ def lower_train_step(
         return traced.lower(lowering_platforms=(lowering_platform(mesh.devices.flat[0]),))
 
 
-def compile_train_step(
-    config: ExperimentConfig, plan: Any, mesh: jax.sharding.Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def compile_train_step(config: ExperimentConfig, plan: Any, mesh: jax.sharding.Mesh) -> TrainStep:
     """Compiles `train_step` in a thread of its own, beside whatever the caller does meanwhile.
 
     Args:
@@ -101,7 +101,14 @@ def train_step(
     loss_fn = functools.partial(batch_share_of_loss, config=config)
     micro_batches = split_micro_batches(batch, config.training.accumulation_steps)
     working = transformer.to_stages(state.params, config=config.model, choices=config.compute)
-    gradients, parts, stats = accumulate(loss_fn, working, micro_batches, jnp.sum(batch.weights))
+    rounded = transformer.quantize(
+        state.params,
+        config=config.model,
+        choices=config.compute,
+        quantization=config.quantization,
+    )
+    constants = (jnp.sum(batch.weights), rounded)
+    gradients, parts, stats = accumulate(loss_fn, working, micro_batches, constants)
     gradients = transformer.from_stages(gradients, config=config.model)
     with jax.named_scope("optimizer"):
         updates, optimizer = transformation.update(gradients, state.optimizer, state.params)
@@ -122,7 +129,7 @@ def train_step(
 def batch_share_of_loss(
     params: transformer.TransformerParams,
     micro_batch: Batch,
-    total_weight: jax.Array,
+    constants: tuple[jax.Array, Any],
     *,
     config: ExperimentConfig,
 ) -> tuple[jax.Array, tuple[Metrics, ModelStats]]:
@@ -130,7 +137,18 @@ def batch_share_of_loss(
 
     sum(weight * -log p) / total_weight, the weight of the whole batch, plus alpha times the mean of
     the balance losses over the batch's sequences and layers.
+
+    Args:
+      params: differentiated.
+      micro_batch: some of the batch's rows.
+      constants: total_weight, and the quantised weights from `transformer.quantize`.
+      config: the run.
+
+    Returns:
+      The share, and with it its parts by name and the statistics.
     """
+    total_weight, rounded = constants
+    params = attach(params, rounded)
     losses, stats = loss.batch_losses(
         params, micro_batch, config=config.model, choices=config.compute
     )

@@ -46,8 +46,8 @@ class PerplexityTest(absltest.TestCase):
         cls.params = jax.jit(functools.partial(initialize, plan=plan))(jax.random.key(1))
 
     def _measure(self, *batches):
-        evaluate = HeldOutEvaluation(tiny.experiment(), _held_out(*batches), self.mesh)
-        return evaluate(self.params)
+        evaluate = HeldOutEvaluation(_held_out(*batches), self.mesh)
+        return evaluate(self.params, tiny.experiment())
 
     def test_it_is_the_sum_over_the_logits_of_all_tokens(self):
         host = _part(0, ROWS)

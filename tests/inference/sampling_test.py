@@ -35,6 +35,7 @@ class SamplingTest(absltest.TestCase):
             temperature=temperature,
             config=tiny.MODEL,
             choices=tiny.experiment().compute,
+            quantization=tiny.experiment().quantization,
         )
         return np.asarray(tokens)
 

@@ -10,7 +10,6 @@ from absl.testing import absltest
 from experiments.configs import kimi_k2_recipe
 from kimi_jax.analysis import memory
 from kimi_jax.analysis.expected_flops import expected_flops
-from kimi_jax.configs.compute import ComputeConfig, Remat
 from kimi_jax.configs.optimizer import ScheduleConfig
 from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.core.errors import ConfigError
@@ -30,7 +29,6 @@ def _run(sequence_length, max_position=_LONGEST):
         schedule=ScheduleConfig(peak=7e-6),
         num_steps=1,
         parallel=ParallelConfig(data=1, expert=_EXPERT, context=_CONTEXT),
-        compute=ComputeConfig(remat=Remat.FULL, logits_chunk_tokens=1024, exchange_capacity=1.25),
         accumulation_steps=2,
     )
     yarn = dataclasses.replace(stage.model.yarn, factor=max_position / 4096)

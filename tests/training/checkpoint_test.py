@@ -53,16 +53,18 @@ class CheckpointTest(absltest.TestCase):
         self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def test_a_state_moves_between_meshes_bit_for_bit(self):
-        meshes = [tiny.mesh(2, 4), tiny.mesh(2, 4), tiny.mesh(8, 1), tiny.mesh(1, 1)]
+        other_axes = tiny.mesh(2, 1, pipe=2, tensor=2)
+        meshes = [tiny.mesh(2, 4), tiny.mesh(2, 4), other_axes, tiny.mesh(1, 1)]
         state = _save(self.folder / "0", meshes[0], [3])[3]
         expected = jax.device_get(state)
         for number, mesh in enumerate(meshes[1:]):
+            like = _like(mesh)
             with Checkpointer(self.folder / str(number), keep=1) as checkpoints:
-                restored, cursor = checkpoints.restore(_like(mesh))
+                restored, cursor = checkpoints.restore(like)
             self.assertEqual(cursor, CURSOR)
             self.assertEqual(
                 jax.tree.map(lambda leaf: leaf.sharding, restored),
-                jax.tree.map(lambda leaf: leaf.sharding, _like(mesh)),
+                jax.tree.map(lambda leaf: leaf.sharding, like),
             )
             chex.assert_trees_all_equal(jax.device_get(restored), expected, strict=True)
             with Checkpointer(self.folder / str(number + 1), keep=1) as checkpoints:

@@ -17,7 +17,7 @@ from kimi_jax.core.errors import (
     TrainingInterruptedError,
 )
 from kimi_jax.data.corpus import open_corpus
-from kimi_jax.training import loop, throughput
+from kimi_jax.training import loop, phases, throughput
 from kimi_jax.training.checkpoint import CHECKPOINT_FOLDER
 from kimi_jax.training.step import train_step
 from tests.support import tiny
@@ -43,7 +43,7 @@ NUM_HEADS = tiny.MODEL.num_layers * tiny.MODEL.num_heads
 _QUICK = {"xla_backend_optimization_level": 0}
 
 
-def _evaluate(params):
+def _evaluate(params, config):
     del params
     return {"eval/loss": 3.0, "eval/bits_per_byte": 2.0}
 
@@ -93,7 +93,7 @@ class LoopTest(parameterized.TestCase):
     def _train(self, step, config=None, **options):
         config = config or self._config()
         corpus = open_corpus(config.data)
-        with mock.patch.object(loop, "compile_train_step", lambda config, plan, mesh: step):
+        with mock.patch.object(phases, "compile_train_step", lambda config, plan, mesh: step):
             return loop.train(
                 config, self.workdir, corpus, mesh=self.mesh, evaluate=_evaluate, **options
             )
