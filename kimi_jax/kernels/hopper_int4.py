@@ -1,16 +1,25 @@
 """Products of rows with matrices of four bits on Hopper GPUs (see `quantization.int4`).
 
-The tensor cores have no use for four bits: a block is dequantised into shared memory as bfloat16,
-each value code * float32(scale) rounded once, and multiplied from there.
+Compiled for an H100 and interpreted on a CPU; never timed.
+
+The tensor cores know no four bits: a block is dequantised into shared memory as bfloat16, each
+value code * float32(scale) rounded once, and multiplied from there while the next one is
+dequantised. Tiles of rows and units: `hopper_products.py`; a unit is 128 rows times 128 columns.
 
 Words hold eight codes along K. Their row k / 8 = 64 b + 4 g + j (g < 16, j < 4) is copied to row
 16 j + g of block b: there all words lie beside their scales, whose 16 rows are copied four times
 (from the L2 cache, but for the first). Nibble i of a block is then a matrix of 64 rows, for
-k = 512 b + 32 g + 8 j + i. The order of the sum does not matter: the rows' columns are brought into
+k = 512 b + 32 g + 8 j + i. The order of a sum does not matter: the rows' columns are brought into
 the order (b, i, j, g) before, or the result's out of it behind (`shuffle`, `unshuffle`).
+
+* Blocks of `multiply`: 128 x 64 of the rows for each nibble, and 64 x 128 words and scales for all
+  eight. Of `multiply_transposed`: 128 x 64 of the rows, and 64 x 64 words and scales, of which a
+  unit takes two nibbles.
+* Bytes: matrices of 4.5 bits for a weight, from memory once if the units of a group find them in
+  the L2 cache. The copy of the rows in another order is XLA's.
+* Invariant: a value is dequantised once for each 128 rows.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import hopper, hopper_products
-from kimi_jax.kernels.hopper_products import Product, Tiles
+from kimi_jax.kernels.hopper_products import At, RowUnit, Tiles
 from kimi_jax.quantization.int4 import CODES_PER_WORD, GROUP_SIZE, Int4Weight
 
 PLANE = 64  # rows of words that are dequantised together
@@ -28,6 +37,57 @@ BLOCK = PLANE * CODES_PER_WORD  # inputs of such a block
 _WORDS = GROUP_SIZE // CODES_PER_WORD  # of a group
 _GROUPS = BLOCK // GROUP_SIZE  # of a block
 _ORDER = (_GROUPS, _WORDS, CODES_PER_WORD)
+_COPIES = 2 * _WORDS
+_STRIP = 128
+_SLOTS = 4
+_BLOCK_SLOTS = 2
+# Eight nibbles of 8, which stand for zeros.
+_ZEROS = -0x77777778
+
+
+def multiply(
+    x: Float[Array, "A K"], w: Int4Weight, group_sizes: Int[Array, "E"], *, interpret: bool = False
+) -> Float[Array, "A N"]:
+    """Returns x w[g]; rows of no group give zeros.
+
+    Args:
+      x: rows sorted by group, in bfloat16.
+      w: matrices [E, K, N].
+      group_sizes: rows of each group.
+      interpret: runs on any platform, slowly.
+
+    Raises:
+      NotImplementedError: the group size of the scales is no multiple of 32.
+    """
+    width = w.shape[2]
+    w = _whole_blocks(w)
+    x = hopper_products.pad(x, (BLOCK,))
+    scratch = {
+        "words": plgpu.SMEM((_BLOCK_SLOTS, PLANE, _STRIP), jnp.int32),
+        "scales": plgpu.SMEM((_BLOCK_SLOTS, PLANE, _STRIP), jnp.bfloat16),
+        "planes": plgpu.SMEM((2, PLANE, _STRIP), jnp.bfloat16),
+        "ring": hopper.ring_barriers(_SLOTS, num_copies=hopper.COMPUTE),
+        "block_ring": hopper.ring_barriers(_BLOCK_SLOTS, num_copies=_COPIES),
+    }
+    y = _call(_multiply_kernel, shuffle(x), w, group_sizes, w.shape[2], scratch, interpret)
+    return y[:, :width]
+
+
+def multiply_transposed(
+    d_y: Float[Array, "A N"], w: Int4Weight, group_sizes: Int[Array, "E"], *, interpret: bool = False
+) -> Float[Array, "A K"]:
+    """Returns d_y w[g]^T; arguments as in `multiply`."""
+    width = w.shape[1]
+    w = _whole_blocks(w)
+    d_y = hopper_products.pad(d_y, (_STRIP,))
+    scratch = {
+        "words": plgpu.SMEM((_SLOTS, PLANE, PLANE), jnp.int32),
+        "scales": plgpu.SMEM((_SLOTS, PLANE, PLANE), jnp.bfloat16),
+        "planes": plgpu.SMEM((2, _STRIP, PLANE), jnp.bfloat16),
+        "ring": hopper.ring_barriers(_SLOTS, num_copies=hopper.COMPUTE + _COPIES),
+    }
+    d_x = _call(_transposed_kernel, d_y, w, group_sizes, w.shape[1], scratch, interpret)
+    return unshuffle(d_x)[:, :width]
 
 
 def shuffle(x: Float[Array, "A K"]) -> Float[Array, "A K"]:
@@ -40,244 +100,211 @@ def unshuffle(x: Float[Array, "A K"]) -> Float[Array, "A K"]:
     return x.reshape(x.shape[0], -1, *_ORDER[::-1]).transpose(0, 1, 4, 3, 2).reshape(x.shape)
 
 
-def plane(words: Int[Array, "rows N"], scales: Float[Array, "rows N"], nibble: int) -> Array:
+def plane(words: Int[Array, "R N"], scales: Float[Array, "R N"], nibble: Array | int) -> Array:
     """Returns the values of one nibble of each word, in bfloat16; scales are float32."""
     codes = ((words >> (4 * nibble)) & 15) - 8
     return (codes.astype(jnp.float32) * scales).astype(jnp.bfloat16)
 
 
-def copy_block(weight: Any, group: Array, block: Array, columns: Any, to: Any, barrier: Any) -> None:
-    """Starts the eight copies of a block's words and scales; see the module's text for the order.
-
-    Args:
-      weight: words [E, K / 32, 4, N] and scales [E, K / 32, N] in memory.
-      group: which matrix.
-      block: which 512 inputs.
-      columns: slice of N.
-      to: words [64, n] and scales [64, n] in shared memory.
-      barrier: to be told.
-    """
-    (words, scales), (words_to, scales_to) = weight, to
-    groups = pl.ds(block * _GROUPS, _GROUPS)
-    for j in range(_WORDS):
-        rows = slice(j * _GROUPS, (j + 1) * _GROUPS)
-        plgpu.copy_gmem_to_smem(words.at[group, groups, j, columns], words_to.at[rows], barrier)
-        plgpu.copy_gmem_to_smem(scales.at[group, groups, columns], scales_to.at[rows], barrier)
-
-
-COPIES = 2 * _WORDS
-
-
-def multiply(x, w, group_sizes, *, interpret=False):
-    """x [A, K] w[g] [K, N]."""
-    num_rows, contracted = x.shape
-    num_columns = w.shape[2]
-    tiles = hopper_products.cut(hopper_products.with_spare_rows(group_sizes, num_rows), num_rows)
-    scratch = {
-        "x_blocks": plgpu.SMEM((_SLOTS, hopper.COMPUTE, hopper.ROWS, PLANE), x.dtype),
-        "words": plgpu.SMEM((_BLOCK_SLOTS, PLANE, _STRIP), jnp.int32),
-        "scales": plgpu.SMEM((_BLOCK_SLOTS, PLANE, _STRIP), jnp.bfloat16),
-        "planes": plgpu.SMEM((2, PLANE, _STRIP), jnp.bfloat16),
-        "y_blocks": plgpu.SMEM((hopper.COMPUTE, hopper.ROWS, _STRIP), x.dtype),
-        "ring": hopper.ring_barriers(_SLOTS, num_copies=hopper.COMPUTE),
-        "block_ring": hopper.ring_barriers(_BLOCK_SLOTS, num_copies=COPIES),
-        "ready": plgpu.Barrier(num_arrivals=hopper.COMPUTE),
-    }
-    return hopper.kernel(
-        functools.partial(_multiply_kernel),
-        out_type=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
-        scratch=scratch,
-        grid={"block": min(hopper_products.NUM_BLOCKS, tiles.group.size * num_columns // _STRIP)},
-        cost=_cost(num_rows, w, x.dtype),
-        interpret=interpret,
-    )(*tiles, shuffle(x), _grouped(w.codes), w.scales)
-
-
-_SLOTS = 4
-_BLOCK_SLOTS = 2
-_STRIP = 128
-
-
-def _grouped(codes):
-    num_groups, words, num_columns = codes.shape
-    return codes.reshape(num_groups, words // _WORDS, _WORDS, num_columns)
-
-
-def _cost(num_rows, w, dtype):
-    _, inputs, outputs = w.shape
-    weight = w.codes.size * w.codes.dtype.itemsize + w.scales.size * w.scales.dtype.itemsize
-    return pl.CostEstimate(
-        flops=2 * num_rows * inputs * outputs,
-        bytes_accessed=dtype.itemsize * num_rows * (inputs + outputs) + weight,
-        transcendentals=0,
+def _whole_blocks(w: Int4Weight) -> Int4Weight:
+    """Fills w up to whole blocks with zeros, and repeats scales of larger groups; K2's need not."""
+    if w.group_size % GROUP_SIZE:
+        raise NotImplementedError(
+            f"int4: 'pallas_gpu' takes scales of {GROUP_SIZE} weights or a multiple, got "
+            f"{w.group_size}; choose 'xla' in compute.implementation"
+        )
+    scales = jnp.repeat(w.scales, w.group_size // GROUP_SIZE, axis=-2)
+    return Int4Weight(
+        codes=hopper_products.pad(w.codes, (PLANE, _STRIP), _ZEROS),
+        scales=hopper_products.pad(scales, (_GROUPS, _STRIP)),
     )
 
 
-class _Unit(NamedTuple):
-    steps: Array
-    tile: Array
-    group: Array
-    start: Array
-    column: Array
+def _call(kernel, x, w, group_sizes, num_columns, scratch, interpret):
+    """Runs a kernel on rows, the matrices of their groups, and a result of so many columns."""
+    num_rows = x.shape[0]
+    num_groups, inputs, outputs = w.shape
+    tiles = hopper_products.cut(hopper_products.with_spare_rows(group_sizes, num_rows), num_rows)
+    rows = (hopper.COMPUTE, hopper.ROWS)
+    return hopper.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
+        scratch={
+            "x_blocks": plgpu.SMEM((_SLOTS, *rows, PLANE), x.dtype),
+            "staged": plgpu.SMEM((*rows, _STRIP), x.dtype),
+            "ready": plgpu.Barrier(num_arrivals=hopper.COMPUTE),
+            **scratch,
+        },
+        grid=hopper_products.grid(tiles.group.size * (num_columns // _STRIP)),
+        cost=pl.CostEstimate(
+            flops=2 * num_rows * inputs * outputs,
+            bytes_accessed=x.dtype.itemsize * num_rows * (inputs + outputs)
+            + w.codes.dtype.itemsize * w.codes.size
+            + w.scales.dtype.itemsize * w.scales.size,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+    )(*tiles, x, w.codes.reshape(num_groups, -1, _WORDS, outputs), w.scales)
 
 
-def _meet(ready):
-    """Waits until both warpgroups have written their part of a block."""
+class _Memory(NamedTuple):
+    """Operands and results of a kernel, in the device's memory."""
+
+    tiles: Tiles
+    x: Any
+    words: Any  # [E, K / 32, 4, N]
+    scales: Any  # [E, K / 32, N]
+    y: Any
+
+    def unit(self, number: Array) -> RowUnit:
+        columns, steps = (self.y.shape[1], _STRIP), self.x.shape[1] // PLANE
+        return hopper_products.row_unit(self.tiles, number, self.words.shape[0], columns, steps)
+
+    def copy_block(self, group: Array, block: Array, columns: Any, to: Any, barrier: Any) -> None:
+        """Starts the copies of a block of 512 inputs to its words and scales, [64, n] each."""
+        words, scales = to
+        groups = pl.ds(block * _GROUPS, _GROUPS)
+        for j in range(_WORDS):
+            rows = slice(j * _GROUPS, (j + 1) * _GROUPS)
+            plgpu.copy_gmem_to_smem(
+                self.words.at[group, groups, j, columns], words.at[rows], barrier
+            )
+            plgpu.copy_gmem_to_smem(
+                self.scales.at[group, groups, columns], scales.at[rows], barrier
+            )
+
+
+def _meet(ready: Any) -> None:
+    """Waits until both warpgroups have written their half of a block.
+
+    Before, each waits for its own products: two blocks later the half is written over, which both
+    have then read.
+    """
     plgpu.commit_smem()
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(ready)
     plgpu.barrier_wait(ready)
 
 
-def _multiply_kernel(
-    *refs, x_blocks, words, scales, planes, y_blocks, ring, block_ring, ready
-):
-    *plan, x, codes_gmem, scales_gmem, y = refs
-    tiles = Tiles(*plan)
-    strips = y.shape[1] // _STRIP
+def _half(warpgroup: Array) -> Any:
+    return pl.ds(pl.multiple_of(warpgroup * PLANE, PLANE), PLANE)
 
-    def unit(number):
-        tile = jax.lax.div(number, strips)
-        group = tiles.group[tile]
-        return _Unit(
-            steps=jnp.where(group < codes_gmem.shape[0], x.shape[1] // PLANE, 0),
-            tile=tile,
-            group=group,
-            start=pl.multiple_of(tiles.start[tile], hopper_products.ALIGNMENT),
-            column=jax.lax.rem(number, strips) * _STRIP,
+
+def _multiply_kernel(*refs, x_blocks, staged, ready, words, scales, planes, ring, block_ring):
+    *plan, x, codes, scales_of, y = refs
+    memory = _Memory(Tiles(*plan), x, codes, scales_of, y)
+    parts = _Forward(memory, x_blocks, words, scales, planes, staged, ready, block_ring)
+    hopper_products.run(memory.tiles.count[0] * (y.shape[1] // _STRIP), ring, parts)
+
+
+class _Forward(NamedTuple):
+    """Each block of words serves eight blocks of rows; see `hopper_products.Parts`."""
+
+    memory: _Memory
+    x_blocks: Any  # [slots, 2, 64, 64]
+    words: Any  # [2, 64, 128]
+    scales: Any  # [2, 64, 128]
+    planes: Any  # [2, 64, 128]
+    staged: Any  # [2, 64, 128]
+    ready: Any
+    block_ring: hopper.Ring
+    shape: tuple[int, int] = (hopper.ROWS, _STRIP)
+    unrolled: int = CODES_PER_WORD
+
+    def unit(self, number):
+        return self.memory.unit(number)
+
+    def copies(self, at: At, barrier):
+        columns = pl.ds(at.step * PLANE, PLANE)
+        hopper_products.copy_rows(
+            self.memory.x, at.unit.start, columns, self.x_blocks.at[at.slot], barrier
         )
-
-    def copies(at, barrier):
-        unit = at.unit
-        for half in range(hopper.COMPUTE):
-            rows = pl.ds(unit.start + half * hopper.ROWS, hopper.ROWS)
-            plgpu.copy_gmem_to_smem(
-                x.at[rows, pl.ds(at.step * PLANE, PLANE)], x_blocks.at[at.slot, half], barrier
-            )
 
         @pl.when(jax.lax.rem(at.step, CODES_PER_WORD) == 0)
         def _():
-            block_done = jax.lax.div(at.done, CODES_PER_WORD)
-            slot = jax.lax.rem(block_done, _BLOCK_SLOTS)
+            done = jax.lax.div(at.done, CODES_PER_WORD)
+            slot = jax.lax.rem(done, _BLOCK_SLOTS)
 
-            @pl.when(block_done >= _BLOCK_SLOTS)
+            @pl.when(done >= _BLOCK_SLOTS)
             def _():
-                plgpu.barrier_wait(block_ring.empty.at[slot])
+                plgpu.barrier_wait(self.block_ring.empty.at[slot])
 
-            copy_block(
-                (codes_gmem, scales_gmem),
-                unit.group,
+            self.memory.copy_block(
+                at.unit.group,
                 jax.lax.div(at.step, CODES_PER_WORD),
-                pl.ds(unit.column, _STRIP),
-                (words.at[slot], scales.at[slot]),
-                block_ring.full.at[slot],
+                pl.ds(at.unit.column, _STRIP),
+                (self.words.at[slot], self.scales.at[slot]),
+                self.block_ring.full.at[slot],
             )
 
-    def product(warpgroup):
-        columns = pl.ds(pl.multiple_of(warpgroup * PLANE, PLANE), PLANE)
+    def begin(self, at: At, warpgroup):
+        slot = jax.lax.rem(jax.lax.div(at.done, CODES_PER_WORD), _BLOCK_SLOTS)
+        columns = _half(warpgroup)
+        plgpu.barrier_wait(self.block_ring.full.at[slot])
+        words, scales = self.words[slot, :, columns], self.scales[slot, :, columns]
+        plgpu.barrier_arrive(self.block_ring.empty.at[slot])
+        return words, scales.astype(jnp.float32)
 
-        def begin(at):
-            slot = jax.lax.rem(jax.lax.div(at.done, CODES_PER_WORD), _BLOCK_SLOTS)
-            plgpu.barrier_wait(block_ring.full.at[slot])
-            state = words[slot, :, columns], scales[slot, :, columns].astype(jnp.float32)
-            plgpu.barrier_arrive(block_ring.empty.at[slot])
-            return state
+    def multiply(self, at: At, warpgroup, sums, state):
+        to = jax.lax.rem(at.done, 2)
+        self.planes[to, :, _half(warpgroup)] = plane(*state, at.part)
+        _meet(self.ready)
+        plgpu.wgmma(sums, self.x_blocks.at[at.slot, warpgroup], self.planes.at[to])
 
-        def multiply(at, total, state):
-            to = jax.lax.rem(at.done, 2)
-            planes[to, :, columns] = plane(*state, at.part)
-            _meet(ready)
-            plgpu.wgmma(total, x_blocks.at[at.slot, warpgroup], planes.at[to])
-
-        def finish(unit, total):
-            first, size = tiles.first[unit.tile], tiles.size[unit.tile]
-            rows = hopper_products.rows_of_half(unit.start, first, size, warpgroup)
-            hopper_products.store(total, y_blocks.at[warpgroup], y, rows, unit.column)
-
-        return Product(
-            unit, copies, multiply, finish, (hopper.ROWS, _STRIP), begin, CODES_PER_WORD
-        )
-
-    hopper_products.run(tiles.count[0] * strips, ring, product)
+    def finish(self, unit, warpgroup, sums):
+        to = (self.staged, self.memory.y)
+        hopper_products.store_rows(self.memory.tiles, unit, warpgroup, sums, to)
 
 
-def multiply_transposed(d_y, w, group_sizes, *, interpret=False):
-    """d_y [A, N] w[g]^T [N, K]."""
-    num_rows, _ = d_y.shape
-    num_inputs = w.shape[1]
-    tiles = hopper_products.cut(hopper_products.with_spare_rows(group_sizes, num_rows), num_rows)
-    scratch = {
-        "d_y_blocks": plgpu.SMEM((_SLOTS, hopper.COMPUTE, hopper.ROWS, PLANE), d_y.dtype),
-        "words": plgpu.SMEM((_SLOTS, PLANE, PLANE), jnp.int32),
-        "scales": plgpu.SMEM((_SLOTS, PLANE, PLANE), jnp.bfloat16),
-        "planes": plgpu.SMEM((2, hopper.COMPUTE * PLANE, PLANE), jnp.bfloat16),
-        "d_x_blocks": plgpu.SMEM((hopper.COMPUTE, hopper.ROWS, _STRIP), d_y.dtype),
-        "ring": hopper.ring_barriers(_SLOTS, num_copies=hopper.COMPUTE + COPIES),
-        "ready": plgpu.Barrier(num_arrivals=hopper.COMPUTE),
-    }
-    d_x = hopper.kernel(
-        _multiply_transposed_kernel,
-        out_type=jax.ShapeDtypeStruct((num_rows, num_inputs), d_y.dtype),
-        scratch=scratch,
-        grid={"block": min(hopper_products.NUM_BLOCKS, tiles.group.size * num_inputs // _STRIP)},
-        cost=_cost(num_rows, w, d_y.dtype),
-        interpret=interpret,
-    )(*tiles, d_y, _grouped(w.codes), w.scales)
-    return unshuffle(d_x)
+def _transposed_kernel(*refs, x_blocks, staged, ready, words, scales, planes, ring):
+    *plan, d_y, codes, scales_of, d_x = refs
+    memory = _Memory(Tiles(*plan), d_y, codes, scales_of, d_x)
+    parts = _Transposed(memory, x_blocks, words, scales, planes, staged, ready)
+    hopper_products.run(memory.tiles.count[0] * (d_x.shape[1] // _STRIP), ring, parts)
 
 
-def _multiply_transposed_kernel(
-    *refs, d_y_blocks, words, scales, planes, d_x_blocks, ring, ready
-):
-    *plan, d_y, codes_gmem, scales_gmem, d_x = refs
-    tiles = Tiles(*plan)
-    strips = d_x.shape[1] // _STRIP
+class _Transposed(NamedTuple):
+    """Each warpgroup dequantises one nibble of a block; see `hopper_products.Parts`."""
 
-    def unit(number):
-        tile = jax.lax.div(number, strips)
-        group = tiles.group[tile]
-        return _Unit(
-            steps=jnp.where(group < codes_gmem.shape[0], d_y.shape[1] // PLANE, 0),
-            tile=tile,
-            group=group,
-            start=pl.multiple_of(tiles.start[tile], hopper_products.ALIGNMENT),
-            column=jax.lax.rem(number, strips) * _STRIP,
-        )
+    memory: _Memory
+    x_blocks: Any  # [slots, 2, 64, 64]
+    words: Any  # [slots, 64, 64]
+    scales: Any  # [slots, 64, 64]
+    planes: Any  # [2, 128, 64]
+    staged: Any  # [2, 64, 128]
+    ready: Any
+    shape: tuple[int, int] = (hopper.ROWS, _STRIP)
+    unrolled: int = 1
 
-    def copies(at, barrier):
-        unit = at.unit
+    def unit(self, number):
+        return self.memory.unit(number)
+
+    def copies(self, at: At, barrier):
         columns = pl.ds(at.step * PLANE, PLANE)
-        for half in range(hopper.COMPUTE):
-            rows = pl.ds(unit.start + half * hopper.ROWS, hopper.ROWS)
-            plgpu.copy_gmem_to_smem(d_y.at[rows, columns], d_y_blocks.at[at.slot, half], barrier)
-        copy_block(
-            (codes_gmem, scales_gmem),
-            unit.group,
-            jax.lax.div(unit.column, BLOCK),
+        hopper_products.copy_rows(
+            self.memory.x, at.unit.start, columns, self.x_blocks.at[at.slot], barrier
+        )
+        self.memory.copy_block(
+            at.unit.group,
+            jax.lax.div(at.unit.column, BLOCK),
             columns,
-            (words.at[at.slot], scales.at[at.slot]),
+            (self.words.at[at.slot], self.scales.at[at.slot]),
             barrier,
         )
 
-    def product(warpgroup):
-        rows = pl.ds(pl.multiple_of(warpgroup * PLANE, PLANE), PLANE)
+    def begin(self, at: At, warpgroup):
+        return None
 
-        def multiply(at, total, state):
-            nibble = jax.lax.rem(jax.lax.div(at.unit.column, PLANE), CODES_PER_WORD) + warpgroup
-            to = jax.lax.rem(at.done, 2)
-            planes[to, rows] = plane(
-                words[at.slot], scales[at.slot].astype(jnp.float32), nibble
-            )
-            _meet(ready)
-            plgpu.wgmma(
-                total, d_y_blocks.at[at.slot, warpgroup], planes.at[to].transpose((1, 0))
-            )
+    def multiply(self, at: At, warpgroup, sums, state):
+        nibble = jax.lax.rem(jax.lax.div(at.unit.column, PLANE), CODES_PER_WORD) + warpgroup
+        scales = self.scales[at.slot].astype(jnp.float32)
+        to = jax.lax.rem(at.done, 2)
+        self.planes[to, _half(warpgroup)] = plane(self.words[at.slot], scales, nibble)
+        _meet(self.ready)
+        plgpu.wgmma(
+            sums, self.x_blocks.at[at.slot, warpgroup], self.planes.at[to].transpose((1, 0))
+        )
 
-        def finish(unit, total):
-            first, size = tiles.first[unit.tile], tiles.size[unit.tile]
-            rows = hopper_products.rows_of_half(unit.start, first, size, warpgroup)
-            hopper_products.store(total, d_x_blocks.at[warpgroup], d_x, rows, unit.column)
-
-        return Product(unit, copies, multiply, finish, (hopper.ROWS, _STRIP))
-
-    hopper_products.run(tiles.count[0] * strips, ring, product)
+    def finish(self, unit, warpgroup, sums):
+        to = (self.staged, self.memory.y)
+        hopper_products.store_rows(self.memory.tiles, unit, warpgroup, sums, to)

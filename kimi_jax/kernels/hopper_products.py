@@ -5,8 +5,9 @@ copies blocks of the factors to a ring in shared memory, without a pause from un
 others multiply, each 64 of a tile's 128 rows, with sums in float32 in registers.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -69,102 +70,165 @@ class At(NamedTuple):
     part: int = 0  # step modulo `unrolled`
 
 
-class Product(NamedTuple):
-    """What a kernel does for a unit. A unit has `steps`, a number of blocks to multiply."""
+class Parts(Protocol):
+    """What a kernel does for a unit, an object with `steps`, the number of blocks to multiply."""
 
-    unit: Callable[[Array], Any]  # (number) -> unit
-    copies: Callable[[At, Any], None]  # (block, barrier): starts its copies
-    multiply: Callable[[At, Any, Any], None]  # (block, sums, state): adds the block's product
-    finish: Callable[[Any, Array], None]  # (unit, sums)
     shape: tuple[int, int]  # of one warpgroup's sums
-    begin: Callable[[At], Any] | None = None  # state of a block and the `unrolled - 1` after it
-    unrolled: int = 1
+    unrolled: int  # blocks that share what `begin` returns
+
+    def unit(self, number: Array) -> Any:
+        """Returns a unit, given its number."""
+
+    def copies(self, at: At, barrier: Any) -> None:
+        """Starts the copies of a block; each arrives at the barrier once."""
+
+    def begin(self, at: At, warpgroup: Array) -> Any:
+        """Returns what `multiply` needs of a block and the `unrolled - 1` after it."""
+
+    def multiply(self, at: At, warpgroup: Array, sums: Any, state: Any) -> None:
+        """Adds a block's product to the sums."""
+
+    def finish(self, unit: Any, warpgroup: Array, sums: Array) -> None:
+        """Stores the sums."""
 
 
-def run(num_units: Array, ring: hopper.Ring, product: Callable[[Array], Product]) -> None:
-    """Computes all units of this program; `product(warpgroup)` describes what each warpgroup does.
+def run(num_units: Array | int, ring: hopper.Ring, parts: Parts) -> None:
+    """Computes this program's share of the units.
 
     Args:
       num_units: of all programs together.
       ring: blocks of the factors.
-      product: of the warpgroup's number, 0 or 1 for those that multiply.
+      parts: what is done.
     """
     block, num_blocks = jax.lax.axis_index("block"), jax.lax.axis_size("block")
     own_units = jax.lax.div(num_units - block + num_blocks - 1, num_blocks)
 
-    def number(i: Array) -> Array:
-        return block + i * num_blocks
-
-    def copy() -> None:
-        parts = product(jnp.int32(0))
-
-        def fill(i: Array, done: Array) -> Array:
-            unit = parts.unit(number(i))
-            return jax.lax.fori_loop(
-                0, unit.steps, lambda step, done: _fill(parts, ring, unit, step, done), done
-            )
-
-        jax.lax.fori_loop(0, own_units, fill, jnp.int32(0))
-
-    def compute(warpgroup: Array) -> None:
-        parts = product(warpgroup)
+    def for_units(visit: Callable[[Any, Array], Array]) -> None:
         jax.lax.fori_loop(
             0,
             own_units,
-            lambda i, done: _compute(parts, ring, parts.unit(number(i)), done),
+            lambda i, done: visit(parts.unit(block + i * num_blocks), done),
             jnp.int32(0),
         )
+
+    def copy() -> None:
+        for_units(lambda unit, done: _fill(parts, ring, unit, done))
+
+    def compute(warpgroup: Array) -> None:
+        for_units(lambda unit, done: _compute(parts, ring, unit, warpgroup, done))
         plgpu.wait_smem_to_gmem(0)
 
     hopper.specialise(compute, copy)
 
 
-def _fill(parts: Product, ring: hopper.Ring, unit: Any, step: Array, done: Array) -> Array:
-    """Fills the next slot once it is free; returns the number of blocks copied so far."""
-    slot = jax.lax.rem(done, ring.full.shape[0])
-
-    @pl.when(done >= ring.full.shape[0])
-    def _():
-        plgpu.barrier_wait(ring.empty.at[slot])
-
-    parts.copies(At(unit, step, done, slot), ring.full.at[slot])
-    return done + 1
-
-
-def _compute(parts: Product, ring: hopper.Ring, unit: Any, done: Array) -> Array:
-    """Sums a unit's products; a slot is given back when its product, one step later, is done."""
+def _fill(parts: Parts, ring: hopper.Ring, unit: Any, done: Array) -> Array:
+    """Fills slots with a unit's blocks, each once it is free; returns the blocks copied so far."""
     slots = ring.full.shape[0]
 
-    def multiply(total: Any) -> Array:
+    def step_of(step: Array, done: Array) -> Array:
+        at = At(unit, step, done, jax.lax.rem(done, slots))
+
+        @pl.when(done >= slots)
+        def _():
+            plgpu.barrier_wait(ring.empty.at[at.slot])
+
+        parts.copies(at, ring.full.at[at.slot])
+        return done + 1
+
+    return jax.lax.fori_loop(0, unit.steps, step_of, done)
+
+
+def _compute(
+    parts: Parts, ring: hopper.Ring, unit: Any, warpgroup: Array, done: Array
+) -> Array:
+    """Sums a unit's products and stores them; returns the number of blocks used so far."""
+    slots = ring.full.shape[0]
+
+    def give_back(done: Array) -> None:
+        plgpu.barrier_arrive(ring.empty.at[jax.lax.rem(done - 1, slots)])
+
+    def multiply(sums: Any) -> Array:
         def steps(i: Array, done: Array) -> Array:
             state = None
             for part in range(parts.unrolled):
                 at = At(unit, i * parts.unrolled + part, done, jax.lax.rem(done, slots), part)
-                if part == 0 and parts.begin is not None:
-                    state = parts.begin(at)
+                state = parts.begin(at, warpgroup) if part == 0 else state
                 plgpu.barrier_wait(ring.full.at[at.slot])
-                parts.multiply(at, total, state)
+                parts.multiply(at, warpgroup, sums, state)
+                # While this product runs, the slot of the one before is free again.
                 plgpu.wgmma_wait(1)
-
-                @pl.when(at.step > 0)
-                def _(done=done):
-                    plgpu.barrier_arrive(ring.empty.at[jax.lax.rem(done - 1, slots)])
-
+                pl.when(at.step > 0)(functools.partial(give_back, done))
                 done = done + 1
             return done
 
         jax.lax.fori_loop(0, jax.lax.div(unit.steps, parts.unrolled), steps, done)
-        return total[...]
+        return sums[...]
 
-    total = pl.run_scoped(multiply, plgpu.ACC(parts.shape))
+    sums = pl.run_scoped(multiply, plgpu.ACC(parts.shape))
     done = done + unit.steps
-
-    @pl.when(unit.steps > 0)
-    def _():
-        plgpu.barrier_arrive(ring.empty.at[jax.lax.rem(done - 1, slots)])
-
-    parts.finish(unit, total)
+    pl.when(unit.steps > 0)(functools.partial(give_back, done))
+    parts.finish(unit, warpgroup, sums)
     return done
+
+
+class RowUnit(NamedTuple):
+    """A tile of rows times a strip of a matrix's columns."""
+
+    steps: Array
+    tile: Array
+    group: Array
+    start: Array
+    column: Array
+
+
+def row_unit(tiles: Tiles, number: Array, num_groups: int, columns: tuple[int, int], steps: int):
+    """Returns a unit; without steps, if its rows are of no group.
+
+    Args:
+      tiles: as `cut` returns.
+      number: of the unit; those of one tile follow each other.
+      num_groups: without the one of spare rows.
+      columns: of the result, and of a strip.
+      steps: blocks along the sum.
+    """
+    width, strip = columns
+    tile = jax.lax.div(number, width // strip)
+    group = tiles.group[tile]
+    return RowUnit(
+        steps=jnp.where(group < num_groups, steps, 0),
+        tile=tile,
+        group=group,
+        start=pl.multiple_of(tiles.start[tile], ALIGNMENT),
+        column=jax.lax.rem(number, width // strip) * strip,
+    )
+
+
+def copy_rows(x: Any, start: Array, columns: Any, to: Any, barrier: Any) -> None:
+    """Starts the two copies of a tile's rows, 64 for each warpgroup."""
+    for half in range(hopper.COMPUTE):
+        rows = pl.ds(start + half * hopper.ROWS, hopper.ROWS)
+        plgpu.copy_gmem_to_smem(x.at[rows, columns], to.at[half], barrier)
+
+
+def store_rows(
+    tiles: Tiles, unit: RowUnit, half: Array, sums: Array, to: tuple[Any, Any]
+) -> None:
+    """Stores those of one half's rows that belong to the unit's group.
+
+    Args:
+      tiles: as `cut` returns.
+      unit: whose sums they are.
+      half: 0 or 1.
+      sums: [64, columns].
+      to: [2, 64, n] in shared memory, and the result.
+    """
+    above = half * hopper.ROWS
+    first = tiles.first[unit.tile] - above
+    begin = jnp.clip(first, 0, hopper.ROWS)
+    end = jnp.clip(first + tiles.size[unit.tile], 0, hopper.ROWS)
+    rows = Rows(start=unit.start + above, first=begin, size=end - begin)
+    staged, y = to
+    store(sums, staged.at[half], y, rows, unit.column)
 
 
 def keep_rows(block: Any, first: Array, end: Array) -> None:
@@ -183,14 +247,6 @@ class Rows(NamedTuple):
     start: Array
     first: Array
     size: Array
-
-
-def rows_of_half(start: Array, first: Array, size: Array, half: Array) -> Rows:
-    """Returns the rows of a tile that lie in its first or second 64."""
-    above = half * hopper.ROWS
-    begin = jnp.clip(first - above, 0, hopper.ROWS)
-    end = jnp.clip(first + size - above, 0, hopper.ROWS)
-    return Rows(start=start + above, first=begin, size=end - begin)
 
 
 def store(total: Array, y_smem: Any, y: Any, rows: Rows, column: Array) -> None:
@@ -217,3 +273,17 @@ def _store_rows(y_smem: Any, y: Any, rows: Rows, column: Array) -> None:
             )
 
         piece //= 2
+
+
+def grid(num_units: int) -> dict[str, int]:
+    """Returns the grid of a kernel with so many units at most."""
+    return {"block": min(NUM_BLOCKS, num_units)}
+
+
+def pad(x: Array, multiples: Sequence[int], value: int = 0) -> Array:
+    """Fills the last dimensions up to multiples; copies x only where that is necessary."""
+    kept = x.ndim - len(multiples)
+    missing = [-size % multiple for size, multiple in zip(x.shape[kept:], multiples, strict=True)]
+    if not any(missing):
+        return x
+    return jnp.pad(x, [(0, 0)] * kept + [(0, m) for m in missing], constant_values=value)
