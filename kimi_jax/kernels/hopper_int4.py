@@ -38,8 +38,8 @@ _WORDS = GROUP_SIZE // CODES_PER_WORD  # of a group
 _GROUPS = BLOCK // GROUP_SIZE  # of a block
 _ORDER = (_GROUPS, _WORDS, CODES_PER_WORD)
 _COPIES = 2 * _WORDS
-_STRIP = 128
-_SLOTS = 4
+STRIP = 128
+SLOTS = 4
 _BLOCK_SLOTS = 2
 # Eight nibbles of 8, which stand for zeros.
 _ZEROS = -0x77777778
@@ -60,31 +60,33 @@ def multiply(
       NotImplementedError: the group size of the scales is no multiple of 32.
     """
     width = w.shape[2]
-    w = _whole_blocks(w)
+    w = whole_blocks(w)
     x = hopper_products.pad(x, (BLOCK,))
     scratch = {
-        "words": plgpu.SMEM((_BLOCK_SLOTS, PLANE, _STRIP), jnp.int32),
-        "scales": plgpu.SMEM((_BLOCK_SLOTS, PLANE, _STRIP), jnp.bfloat16),
-        "planes": plgpu.SMEM((2, PLANE, _STRIP), jnp.bfloat16),
-        "ring": hopper.ring_barriers(_SLOTS, num_copies=hopper.COMPUTE),
-        "block_ring": hopper.ring_barriers(_BLOCK_SLOTS, num_copies=_COPIES),
+        "planes": plgpu.SMEM((2, PLANE, STRIP), jnp.bfloat16),
+        "ring": hopper.ring_barriers(SLOTS, num_copies=hopper.COMPUTE),
+        **block_scratch(),
     }
     y = _call(_multiply_kernel, shuffle(x), w, group_sizes, w.shape[2], scratch, interpret)
     return y[:, :width]
 
 
 def multiply_transposed(
-    d_y: Float[Array, "A N"], w: Int4Weight, group_sizes: Int[Array, "E"], *, interpret: bool = False
+    d_y: Float[Array, "A N"],
+    w: Int4Weight,
+    group_sizes: Int[Array, "E"],
+    *,
+    interpret: bool = False,
 ) -> Float[Array, "A K"]:
     """Returns d_y w[g]^T; arguments as in `multiply`."""
     width = w.shape[1]
-    w = _whole_blocks(w)
-    d_y = hopper_products.pad(d_y, (_STRIP,))
+    w = whole_blocks(w)
+    d_y = hopper_products.pad(d_y, (STRIP,))
     scratch = {
-        "words": plgpu.SMEM((_SLOTS, PLANE, PLANE), jnp.int32),
-        "scales": plgpu.SMEM((_SLOTS, PLANE, PLANE), jnp.bfloat16),
-        "planes": plgpu.SMEM((2, _STRIP, PLANE), jnp.bfloat16),
-        "ring": hopper.ring_barriers(_SLOTS, num_copies=hopper.COMPUTE + _COPIES),
+        "words": plgpu.SMEM((SLOTS, PLANE, PLANE), jnp.int32),
+        "scales": plgpu.SMEM((SLOTS, PLANE, PLANE), jnp.bfloat16),
+        "planes": plgpu.SMEM((2, STRIP, PLANE), jnp.bfloat16),
+        "ring": hopper.ring_barriers(SLOTS, num_copies=hopper.COMPUTE + _COPIES),
     }
     d_x = _call(_transposed_kernel, d_y, w, group_sizes, w.shape[1], scratch, interpret)
     return unshuffle(d_x)[:, :width]
@@ -106,7 +108,7 @@ def plane(words: Int[Array, "R N"], scales: Float[Array, "R N"], nibble: Array |
     return (codes.astype(jnp.float32) * scales).astype(jnp.bfloat16)
 
 
-def _whole_blocks(w: Int4Weight) -> Int4Weight:
+def whole_blocks(w: Int4Weight) -> Int4Weight:
     """Fills w up to whole blocks with zeros, and repeats scales of larger groups; K2's need not."""
     if w.group_size % GROUP_SIZE:
         raise NotImplementedError(
@@ -115,39 +117,48 @@ def _whole_blocks(w: Int4Weight) -> Int4Weight:
         )
     scales = jnp.repeat(w.scales, w.group_size // GROUP_SIZE, axis=-2)
     return Int4Weight(
-        codes=hopper_products.pad(w.codes, (PLANE, _STRIP), _ZEROS),
-        scales=hopper_products.pad(scales, (_GROUPS, _STRIP)),
+        codes=hopper_products.pad(w.codes, (PLANE, STRIP), _ZEROS),
+        scales=hopper_products.pad(scales, (_GROUPS, STRIP)),
     )
 
 
 def _call(kernel, x, w, group_sizes, num_columns, scratch, interpret):
     """Runs a kernel on rows, the matrices of their groups, and a result of so many columns."""
     num_rows = x.shape[0]
-    num_groups, inputs, outputs = w.shape
     tiles = hopper_products.cut(hopper_products.with_spare_rows(group_sizes, num_rows), num_rows)
     rows = (hopper.COMPUTE, hopper.ROWS)
     return hopper.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
         scratch={
-            "x_blocks": plgpu.SMEM((_SLOTS, *rows, PLANE), x.dtype),
-            "staged": plgpu.SMEM((*rows, _STRIP), x.dtype),
+            "x_blocks": plgpu.SMEM((SLOTS, *rows, PLANE), x.dtype),
+            "staged": plgpu.SMEM((*rows, STRIP), x.dtype),
             "ready": plgpu.Barrier(num_arrivals=hopper.COMPUTE),
             **scratch,
         },
-        grid=hopper_products.grid(tiles.group.size * (num_columns // _STRIP)),
-        cost=pl.CostEstimate(
-            flops=2 * num_rows * inputs * outputs,
-            bytes_accessed=x.dtype.itemsize * num_rows * (inputs + outputs)
-            + w.codes.dtype.itemsize * w.codes.size
-            + w.scales.dtype.itemsize * w.scales.size,
-            transcendentals=0,
-        ),
+        grid=hopper_products.grid(tiles.group.size * (num_columns // STRIP)),
+        cost=cost(num_rows, w),
         interpret=interpret,
-    )(*tiles, x, w.codes.reshape(num_groups, -1, _WORDS, outputs), w.scales)
+    )(*tiles, x, *arrays(w))
 
 
-class _Memory(NamedTuple):
+def arrays(w: Int4Weight) -> tuple[Array, Array]:
+    """Returns the words as [E, K / 32, 4, N], and the scales."""
+    num_groups, _, outputs = w.shape
+    return w.codes.reshape(num_groups, -1, _WORDS, outputs), w.scales
+
+
+def cost(num_rows: int, w: Int4Weight) -> pl.CostEstimate:
+    """Returns the work of a product of so many rows in bfloat16."""
+    _, inputs, outputs = w.shape
+    return pl.CostEstimate(
+        flops=2 * num_rows * inputs * outputs,
+        bytes_accessed=2 * num_rows * (inputs + outputs) + 4 * w.codes.size + 2 * w.scales.size,
+        transcendentals=0,
+    )
+
+
+class Memory(NamedTuple):
     """Operands and results of a kernel, in the device's memory."""
 
     tiles: Tiles
@@ -157,7 +168,7 @@ class _Memory(NamedTuple):
     y: Any
 
     def unit(self, number: Array) -> RowUnit:
-        columns, steps = (self.y.shape[1], _STRIP), self.x.shape[1] // PLANE
+        columns, steps = (self.y.shape[1], STRIP), self.x.shape[1] // PLANE
         return hopper_products.row_unit(self.tiles, number, self.words.shape[0], columns, steps)
 
     def copy_block(self, group: Array, block: Array, columns: Any, to: Any, barrier: Any) -> None:
@@ -172,6 +183,47 @@ class _Memory(NamedTuple):
             plgpu.copy_gmem_to_smem(
                 self.scales.at[group, groups, columns], scales.at[rows], barrier
             )
+
+
+class Blocks(NamedTuple):
+    """A ring of words and scales, one of which serves eight steps."""
+
+    words: Any  # [2, 64, 128]
+    scales: Any  # [2, 64, 128]
+    ring: hopper.Ring
+
+    def fill(self, memory: Memory, at: At, block: Array) -> None:
+        """Starts, at the first of eight steps, the copies of a block."""
+        done = jax.lax.div(at.done, CODES_PER_WORD)
+        slot = jax.lax.rem(done, _BLOCK_SLOTS)
+
+        @pl.when(jax.lax.rem(at.step, CODES_PER_WORD) == 0)
+        def _():
+            @pl.when(done >= _BLOCK_SLOTS)
+            def _():
+                plgpu.barrier_wait(self.ring.empty.at[slot])
+
+            columns = pl.ds(at.unit.column, STRIP)
+            to = self.words.at[slot], self.scales.at[slot]
+            memory.copy_block(at.unit.group, block, columns, to, self.ring.full.at[slot])
+
+    def take(self, at: At, warpgroup: Array) -> tuple[Array, Array]:
+        """Returns a warpgroup's 64 columns of words and scales, in registers."""
+        slot = jax.lax.rem(jax.lax.div(at.done, CODES_PER_WORD), _BLOCK_SLOTS)
+        columns = _half(warpgroup)
+        plgpu.barrier_wait(self.ring.full.at[slot])
+        words, scales = self.words[slot, :, columns], self.scales[slot, :, columns]
+        plgpu.barrier_arrive(self.ring.empty.at[slot])
+        return words, scales.astype(jnp.float32)
+
+
+def block_scratch() -> dict[str, Any]:
+    """Describes the shared memory of `Blocks`."""
+    return {
+        "words": plgpu.SMEM((_BLOCK_SLOTS, PLANE, STRIP), jnp.int32),
+        "scales": plgpu.SMEM((_BLOCK_SLOTS, PLANE, STRIP), jnp.bfloat16),
+        "block_ring": hopper.ring_barriers(_BLOCK_SLOTS, num_copies=_COPIES),
+    }
 
 
 def _meet(ready: Any) -> None:
@@ -192,23 +244,21 @@ def _half(warpgroup: Array) -> Any:
 
 def _multiply_kernel(*refs, x_blocks, staged, ready, words, scales, planes, ring, block_ring):
     *plan, x, codes, scales_of, y = refs
-    memory = _Memory(Tiles(*plan), x, codes, scales_of, y)
-    parts = _Forward(memory, x_blocks, words, scales, planes, staged, ready, block_ring)
-    hopper_products.run(memory.tiles.count[0] * (y.shape[1] // _STRIP), ring, parts)
+    memory = Memory(Tiles(*plan), x, codes, scales_of, y)
+    parts = _Forward(memory, x_blocks, Blocks(words, scales, block_ring), planes, staged, ready)
+    hopper_products.run(memory.tiles.count[0] * (y.shape[1] // STRIP), ring, parts)
 
 
 class _Forward(NamedTuple):
     """Each block of words serves eight blocks of rows; see `hopper_products.Parts`."""
 
-    memory: _Memory
+    memory: Memory
     x_blocks: Any  # [slots, 2, 64, 64]
-    words: Any  # [2, 64, 128]
-    scales: Any  # [2, 64, 128]
+    blocks: Blocks
     planes: Any  # [2, 64, 128]
     staged: Any  # [2, 64, 128]
     ready: Any
-    block_ring: hopper.Ring
-    shape: tuple[int, int] = (hopper.ROWS, _STRIP)
+    shape: tuple[int, int] = (hopper.ROWS, STRIP)
     unrolled: int = CODES_PER_WORD
 
     def unit(self, number):
@@ -220,30 +270,10 @@ class _Forward(NamedTuple):
             self.memory.x, at.unit.start, columns, self.x_blocks.at[at.slot], barrier
         )
 
-        @pl.when(jax.lax.rem(at.step, CODES_PER_WORD) == 0)
-        def _():
-            done = jax.lax.div(at.done, CODES_PER_WORD)
-            slot = jax.lax.rem(done, _BLOCK_SLOTS)
-
-            @pl.when(done >= _BLOCK_SLOTS)
-            def _():
-                plgpu.barrier_wait(self.block_ring.empty.at[slot])
-
-            self.memory.copy_block(
-                at.unit.group,
-                jax.lax.div(at.step, CODES_PER_WORD),
-                pl.ds(at.unit.column, _STRIP),
-                (self.words.at[slot], self.scales.at[slot]),
-                self.block_ring.full.at[slot],
-            )
+        self.blocks.fill(self.memory, at, jax.lax.div(at.step, CODES_PER_WORD))
 
     def begin(self, at: At, warpgroup):
-        slot = jax.lax.rem(jax.lax.div(at.done, CODES_PER_WORD), _BLOCK_SLOTS)
-        columns = _half(warpgroup)
-        plgpu.barrier_wait(self.block_ring.full.at[slot])
-        words, scales = self.words[slot, :, columns], self.scales[slot, :, columns]
-        plgpu.barrier_arrive(self.block_ring.empty.at[slot])
-        return words, scales.astype(jnp.float32)
+        return self.blocks.take(at, warpgroup)
 
     def multiply(self, at: At, warpgroup, sums, state):
         to = jax.lax.rem(at.done, 2)
@@ -258,22 +288,22 @@ class _Forward(NamedTuple):
 
 def _transposed_kernel(*refs, x_blocks, staged, ready, words, scales, planes, ring):
     *plan, d_y, codes, scales_of, d_x = refs
-    memory = _Memory(Tiles(*plan), d_y, codes, scales_of, d_x)
+    memory = Memory(Tiles(*plan), d_y, codes, scales_of, d_x)
     parts = _Transposed(memory, x_blocks, words, scales, planes, staged, ready)
-    hopper_products.run(memory.tiles.count[0] * (d_x.shape[1] // _STRIP), ring, parts)
+    hopper_products.run(memory.tiles.count[0] * (d_x.shape[1] // STRIP), ring, parts)
 
 
 class _Transposed(NamedTuple):
     """Each warpgroup dequantises one nibble of a block; see `hopper_products.Parts`."""
 
-    memory: _Memory
+    memory: Memory
     x_blocks: Any  # [slots, 2, 64, 64]
     words: Any  # [slots, 64, 64]
     scales: Any  # [slots, 64, 64]
     planes: Any  # [2, 128, 64]
     staged: Any  # [2, 64, 128]
     ready: Any
-    shape: tuple[int, int] = (hopper.ROWS, _STRIP)
+    shape: tuple[int, int] = (hopper.ROWS, STRIP)
     unrolled: int = 1
 
     def unit(self, number):

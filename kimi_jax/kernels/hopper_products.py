@@ -138,9 +138,7 @@ def _fill(parts: Parts, ring: hopper.Ring, unit: Any, done: Array) -> Array:
     return jax.lax.fori_loop(0, unit.steps, step_of, done)
 
 
-def _compute(
-    parts: Parts, ring: hopper.Ring, unit: Any, warpgroup: Array, done: Array
-) -> Array:
+def _compute(parts: Parts, ring: hopper.Ring, unit: Any, warpgroup: Array, done: Array) -> Array:
     """Sums a unit's products and stores them; returns the number of blocks used so far."""
     slots = ring.full.shape[0]
 
@@ -210,9 +208,7 @@ def copy_rows(x: Any, start: Array, columns: Any, to: Any, barrier: Any) -> None
         plgpu.copy_gmem_to_smem(x.at[rows, columns], to.at[half], barrier)
 
 
-def store_rows(
-    tiles: Tiles, unit: RowUnit, half: Array, sums: Array, to: tuple[Any, Any]
-) -> None:
+def store_rows(tiles: Tiles, unit: RowUnit, half: Array, sums: Array, to: tuple[Any, Any]) -> None:
     """Stores those of one half's rows that belong to the unit's group.
 
     Args:

@@ -154,13 +154,9 @@ class _RowsTimesMatrix(NamedTuple):
     def copies(self, at: At, barrier):
         summed = pl.ds(at.step * _SUMMED, _SUMMED)
         columns = pl.ds(at.unit.column, self.strip)
-        hopper_products.copy_rows(
-            self.x, at.unit.start, summed, self.x_blocks.at[at.slot], barrier
-        )
+        hopper_products.copy_rows(self.x, at.unit.start, summed, self.x_blocks.at[at.slot], barrier)
         part = (columns, summed) if self.transposed else (summed, columns)
-        plgpu.copy_gmem_to_smem(
-            self.w.at[at.unit.group, *part], self.w_blocks.at[at.slot], barrier
-        )
+        plgpu.copy_gmem_to_smem(self.w.at[at.unit.group, *part], self.w_blocks.at[at.slot], barrier)
 
     def begin(self, at: At, warpgroup):
         return None
@@ -199,9 +195,9 @@ def _sum_rows(x: Array, d_y: Array, group_sizes: Array, interpret: bool) -> Arra
     )(end - group_sizes, end, x, d_y)
 
 
-def _sum_rows_kernel(begin, end, x, d_y, d_w, *, x_blocks, d_y_blocks, staged, ring, strip):
-    parts = _SumOfRows(begin, end, x, d_y, d_w, x_blocks, d_y_blocks, staged, strip)
-    hopper_products.run(d_w.shape[0] * parts.tiles_of_group, ring, parts)
+def _sum_rows_kernel(*refs, x_blocks, d_y_blocks, staged, ring, strip):
+    parts = _SumOfRows(*refs, x_blocks, d_y_blocks, staged, strip)
+    hopper_products.run(parts.d_w.shape[0] * parts.tiles_of_group, ring, parts)
 
 
 class _Sum(NamedTuple):
