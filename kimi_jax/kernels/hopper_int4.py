@@ -168,6 +168,7 @@ class Memory(NamedTuple):
     y: Any
 
     def unit(self, number: Array) -> RowUnit:
+        """Returns a tile of rows times a strip of columns."""
         columns, steps = (self.y.shape[1], STRIP), self.x.shape[1] // PLANE
         return hopper_products.row_unit(self.tiles, number, self.words.shape[0], columns, steps)
 
