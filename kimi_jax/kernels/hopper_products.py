@@ -7,7 +7,7 @@ others multiply, each 64 of a tile's 128 rows, with sums in float32 in registers
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,7 @@ class At(NamedTuple):
     part: int = 0  # step modulo `unrolled`
 
 
+@runtime_checkable
 class Parts(Protocol):
     """What a kernel does for a unit, an object with `steps`, the number of blocks to multiply."""
 
@@ -245,7 +246,7 @@ class Rows(NamedTuple):
     size: Array
 
 
-def store(total: Array, y_smem: Any, y: Any, rows: Rows, column: Array) -> None:
+def store(total: Array, y_smem: Any, y: Any, rows: Rows, column: Array | int) -> None:
     """Writes the rows of a tile's sums, by way of shared memory."""
     width = y_smem.shape[1]
     for left in range(0, total.shape[1], width):
@@ -255,7 +256,7 @@ def store(total: Array, y_smem: Any, y: Any, rows: Rows, column: Array) -> None:
         _store_rows(y_smem, y, rows, column + left)
 
 
-def _store_rows(y_smem: Any, y: Any, rows: Rows, column: Array) -> None:
+def _store_rows(y_smem: Any, y: Any, rows: Rows, column: Array | int) -> None:
     """Copies in pieces of 64, 32, ... 1 rows, since a copy has a fixed size."""
     piece, width = y_smem.shape
     while piece:
