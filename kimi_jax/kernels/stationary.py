@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from kimi_jax.core.platform import target_chip
+from kimi_jax.kernels import tile_table
 
 LANES = 128
 _ROWS_OF_A_VECTOR = 16  # of bfloat16
@@ -45,7 +46,7 @@ class Shape(NamedTuple):
     rows: int
     contracted: int
     outputs: int
-    stored_bytes: float
+    stored_bytes: int
 
 
 def computes_in_bfloat16(chip: str | None) -> bool:
@@ -82,12 +83,21 @@ def by_rule(shape: Shape, chip: str | None) -> Tiles:
     return max(fitting, key=lambda tiles: (min(tiles.outputs, 512) * tiles.rows, -tiles.outputs))
 
 
+def choose(name: str, sizes: dict[str, int], shape: Shape) -> Tiles:
+    """Returns the tabulated tiles of a kernel, unless they are made for quite other rows."""
+    found = tile_table.tiles(name, **sizes)
+    one_tile = up_to_multiple(shape.rows, _ROWS_OF_A_VECTOR)
+    if found is None or found["rows"] < min(_ROWS[0], one_tile):
+        return by_rule(shape, target_chip())
+    return Tiles(min(found["rows"], one_tile), found["outputs"])
+
+
 def vmem_bytes(chip: str | None) -> int:
     """Returns the VMEM that a kernel may use."""
     return _VMEM_BYTES.get(chip or "", _LEAST_VMEM_BYTES)
 
 
-def _vmem(shape: Shape, tiles: Tiles) -> float:
+def _vmem(shape: Shape, tiles: Tiles) -> int:
     """Bytes of blocks, two of each that is streamed, of the made weight and of the sums."""
     streamed = 2 * (tiles.rows * shape.contracted + tiles.rows * tiles.outputs)
     stored = shape.stored_bytes * tiles.outputs
@@ -141,8 +151,12 @@ def product(
     reads = 1 if grid[1] == 1 else grid[0]
     moved = reads * x.nbytes + sum(a.nbytes for a in stored) + rows * outputs * x.dtype.itemsize
 
+    waits = grid[1] > 1
+
     def kernel(x_ref, *refs):
-        _kernel(x_ref, refs[:-2], *refs[-2:], make=make, transposed=transposed)
+        stored_refs, rest = refs[: len(stored)], refs[len(stored) :]
+        run = _make_once if waits else _make_and_multiply
+        run(x_ref, stored_refs, *rest, make=make, transposed=transposed)
 
     return pl.pallas_call(
         kernel,
@@ -150,7 +164,7 @@ def product(
         in_specs=[pl.BlockSpec((tiles.rows, contracted), lambda n, m: (m, 0)), *blocks],
         out_specs=pl.BlockSpec((tiles.rows, tiles.outputs), lambda n, m: (m, n)),
         out_shape=jax.ShapeDtypeStruct((rows, outputs), x.dtype),
-        scratch_shapes=[pltpu.VMEM(shape, x.dtype)],
+        scratch_shapes=[pltpu.VMEM(shape, x.dtype)] if waits else [],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=vmem_bytes(target_chip()),
@@ -171,26 +185,32 @@ def _stored_block(
     return pl.BlockSpec(block, (lambda n, m: (n, 0)) if transposed else (lambda n, m: (0, n)))
 
 
-def _kernel(x_ref, stored_refs, y_ref, weight_ref, *, make, transposed) -> None:
-    """Makes the tile of the weight for the first tile of rows; multiplies each tile of rows."""
+def _make_and_multiply(x_ref, stored_refs, y_ref, *, make, transposed) -> None:
+    """Makes the tile of the weight for the only tile of rows, without storing it."""
+    weight = make(*(ref[...] for ref in stored_refs))
+    y_ref[...] = _multiply(x_ref[...], weight, transposed)
 
-    def multiply():
-        x = x_ref[...]
-        exact = x.dtype == jnp.float32
-        y = jax.lax.dot_general(
-            x,
-            weight_ref[...],
-            (((1,), (1 if transposed else 0,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST if exact else None,
-            preferred_element_type=jnp.float32,
-        )
-        y_ref[...] = y.astype(y_ref.dtype)
+
+def _make_once(x_ref, stored_refs, y_ref, weight_ref, *, make, transposed) -> None:
+    """Makes the tile of the weight for the first tile of rows; multiplies each tile of rows."""
 
     @pl.when(pl.program_id(1) == 0)
     def _():
         weight_ref[...] = make(*(ref[...] for ref in stored_refs))
-        multiply()
+        y_ref[...] = _multiply(x_ref[...], weight_ref[...], transposed)
 
     @pl.when(pl.program_id(1) > 0)
     def _():
-        multiply()
+        y_ref[...] = _multiply(x_ref[...], weight_ref[...], transposed)
+
+
+def _multiply(x: Array, weight: Array, transposed: bool) -> Array:
+    exact = x.dtype == jnp.float32
+    y = jax.lax.dot_general(
+        x,
+        weight,
+        (((1,), (1 if transposed else 0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype)

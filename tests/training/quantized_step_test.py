@@ -20,15 +20,10 @@ _PLAN = transformer.specs(tiny.MODEL)
 _QUICK = {"xla_backend_optimization_level": 0}
 
 
-def _config(**quantization):
-    return tiny.experiment(
-        quantization={"group_size": _GROUP} | quantization, training={"accumulation_steps": 2}
-    )
-
-
-_PLAIN = _config()
-_ROUNDED = _config(format=WeightFormat.INT4)
-_ON_USE = _config(format=WeightFormat.INT4, quantize=Quantize.USE)
+_INT4 = {"format": WeightFormat.INT4, "group_size": _GROUP}
+_PLAIN = tiny.experiment()
+_ROUNDED = tiny.experiment(quantization=_INT4)
+_ON_USE = tiny.experiment(quantization=_INT4 | {"quantize": Quantize.USE})
 
 
 def _round_experts(params):

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import stationary, tile_table
+from kimi_jax.kernels import stationary
+from kimi_jax.kernels.int4_fake_quant import cases
 from kimi_jax.kernels.int4_fake_quant.cases import Case
 from kimi_jax.kernels.products import dot
 from kimi_jax.kernels.stationary import LANES, Shape, Tiles, up_to_multiple
-from kimi_jax.quantization.int4 import LARGEST_CODE, SMALLEST_SCALE
+from kimi_jax.kernels.tunable import Tunable
+from kimi_jax.quantization.int4 import GROUP_SIZE, LARGEST_CODE, SMALLEST_SCALE
 
 _BFLOAT16_ROWS = 16  # of a vector
 _INPUTS = 256  # whole vectors, and whole tiles of the transposed product
@@ -58,21 +60,6 @@ def int4_fake_quant_transposed(
     """Returns d_y q^T, the gradient of x; a tile's `outputs` are rows of w."""
     given = None if tiles is None else Tiles(**tiles)
     return _product(d_y, w, group_size, transposed=True, tiles=given, interpret=interpret)
-
-
-def candidates(case: Case, chip: str) -> list[dict[str, int]]:
-    """Returns tiles worth compiling."""
-    return stationary.candidates(_shape(case.rows, case.inputs, case.outputs), chip)
-
-
-def transposed_candidates(case: Case, chip: str) -> list[dict[str, int]]:
-    """Returns tiles of `int4_fake_quant_transposed` worth compiling."""
-    return stationary.candidates(_shape(case.rows, case.outputs, case.inputs), chip)
-
-
-def branch_shares(case: Case, tiles: Mapping[str, int]) -> tuple[float, ...]:
-    """Returns which share of the grid's steps takes each branch of the kernel."""
-    return stationary.branch_shares(case.rows, Tiles(**tiles))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -117,9 +104,7 @@ def _product(
     outputs = up_to_multiple(outputs, LANES)
     contracted, results = (outputs, inputs) if transposed else (inputs, outputs)
     if tiles is None:
-        found = tile_table.tiles(name, **sizes)
-        shape = _shape(x.shape[0], contracted, results)
-        tiles = Tiles(**found) if found else stationary.by_rule(shape, target_chip())
+        tiles = stationary.choose(name, sizes, _shape(x.shape[0], contracted, results))
     rows = up_to_multiple(x.shape[0], tiles.rows)
     y = stationary.product(
         stationary.pad(x, rows, contracted),
@@ -163,3 +148,28 @@ def _nearest_codes(quotients: Array, interpret: bool) -> Array:
     if interpret:
         return jnp.round(jnp.round(quotients * 2.0**12) * 2.0**-12)
     return ((quotients + _TIE_GRID) + (_INTEGERS - _TIE_GRID)) - _INTEGERS
+
+
+def _tunable(transposed: bool) -> Tunable:
+    kernel = int4_fake_quant_transposed if transposed else int4_fake_quant
+
+    def operands(case: Case, key: Array) -> dict:
+        given = cases.operands(case, key)
+        x = jnp.zeros((case.rows, case.outputs), given["x"].dtype) if transposed else given["x"]
+        return given | {"x": x}
+
+    def candidates(case: Case, chip: str) -> list[dict[str, int]]:
+        ends = (case.inputs, case.outputs)
+        contracted, outputs = reversed(ends) if transposed else ends
+        return stationary.candidates(_shape(case.rows, contracted, outputs), chip)
+
+    return Tunable(
+        shape=lambda case: {"rows": case.rows, "inputs": case.inputs, "outputs": case.outputs},
+        operands=operands,
+        candidates=candidates,
+        branch_shares=lambda case, tiles: stationary.branch_shares(case.rows, Tiles(**tiles)),
+        run=lambda operands, tiles: kernel(operands["x"], operands["w"], GROUP_SIZE, tiles=tiles),
+    )
+
+
+TUNABLE = {"int4_fake_quant": _tunable(False), "int4_fake_quant_transposed": _tunable(True)}

@@ -14,9 +14,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import stationary, tile_table
+from kimi_jax.kernels import stationary
+from kimi_jax.kernels.int4_matmul import cases
 from kimi_jax.kernels.int4_matmul.cases import Case
 from kimi_jax.kernels.stationary import LANES, Shape, Tiles, up_to_multiple
+from kimi_jax.kernels.tunable import Tunable
 from kimi_jax.quantization.int4 import CODES_PER_WORD, Int4Weight
 
 # Eight nibbles of 8, which stand for zeros; as a mask, they turn code + 8 into two's complement.
@@ -55,21 +57,6 @@ def int4_matmul_transposed(
     return _product(d_y, w, transposed=True, tiles=given, interpret=interpret)
 
 
-def candidates(case: Case, chip: str) -> list[dict[str, int]]:
-    """Returns tiles worth compiling."""
-    return stationary.candidates(_shape(case.rows, case.inputs, case.outputs), chip)
-
-
-def transposed_candidates(case: Case, chip: str) -> list[dict[str, int]]:
-    """Returns tiles of `int4_matmul_transposed` worth compiling."""
-    return stationary.candidates(_shape(case.rows, case.outputs, case.inputs), chip)
-
-
-def branch_shares(case: Case, tiles: Mapping[str, int]) -> tuple[float, ...]:
-    """Returns which share of the grid's steps takes each branch of the kernel."""
-    return stationary.branch_shares(case.rows, Tiles(**tiles))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _int4_matmul(x: Array, w: Int4Weight, tiles: Tiles | None, interpret: bool) -> Array:
     return _product(x, w, transposed=False, tiles=tiles, interpret=interpret)
@@ -88,7 +75,7 @@ _int4_matmul.defvjp(_forward, _backward)
 
 
 def _shape(rows: int, contracted: int, outputs: int) -> Shape:
-    return Shape(rows, contracted, outputs, stored_bytes=contracted * (1 / 2 + 1 / 16))
+    return Shape(rows, contracted, outputs, stored_bytes=contracted * 9 // 16)
 
 
 def _product(
@@ -102,9 +89,7 @@ def _product(
     outputs = up_to_multiple(outputs, LANES)
     contracted, results = (outputs, inputs) if transposed else (inputs, outputs)
     if tiles is None:
-        found = tile_table.tiles(name, **sizes)
-        shape = _shape(x.shape[0], contracted, results)
-        tiles = Tiles(**found) if found else stationary.by_rule(shape, target_chip())
+        tiles = stationary.choose(name, sizes, _shape(x.shape[0], contracted, results))
     rows = up_to_multiple(x.shape[0], tiles.rows)
     y = stationary.product(
         stationary.pad(x, rows, contracted),
@@ -130,3 +115,28 @@ def _dequantize(words: Array, scales: Array, *, group_size: int, dtype) -> Array
     groups = codes.reshape(scales.shape[0], group_size, words.shape[1])
     values = groups * scales.astype(compute)[:, None]
     return values.reshape(codes.shape).astype(dtype)
+
+
+def _tunable(transposed: bool) -> Tunable:
+    kernel = int4_matmul_transposed if transposed else int4_matmul
+
+    def operands(case: Case, key: Array) -> dict:
+        given = cases.operands(case, key)
+        x = jnp.zeros((case.rows, case.outputs), given["x"].dtype) if transposed else given["x"]
+        return given | {"x": x}
+
+    def candidates(case: Case, chip: str) -> list[dict[str, int]]:
+        ends = (case.inputs, case.outputs)
+        contracted, outputs = reversed(ends) if transposed else ends
+        return stationary.candidates(_shape(case.rows, contracted, outputs), chip)
+
+    return Tunable(
+        shape=lambda case: {"rows": case.rows, "inputs": case.inputs, "outputs": case.outputs},
+        operands=operands,
+        candidates=candidates,
+        branch_shares=lambda case, tiles: stationary.branch_shares(case.rows, Tiles(**tiles)),
+        run=lambda operands, tiles: kernel(operands["x"], operands["w"], tiles=tiles),
+    )
+
+
+TUNABLE = {"int4_matmul": _tunable(False), "int4_matmul_transposed": _tunable(True)}
