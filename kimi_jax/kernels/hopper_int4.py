@@ -161,7 +161,7 @@ def cost(num_rows: int, w: Int4Weight) -> pl.CostEstimate:
 class Memory(NamedTuple):
     """Operands and results of a kernel, in the device's memory."""
 
-    tiles: Tiles
+    tiles: Tiles | None  # none: all rows are one unit's
     x: Any
     words: Any  # [E, K / 32, 4, N]
     scales: Any  # [E, K / 32, N]
@@ -172,7 +172,9 @@ class Memory(NamedTuple):
         columns, steps = (self.y.shape[1], STRIP), self.x.shape[1] // PLANE
         return hopper_products.row_unit(self.tiles, number, self.words.shape[0], columns, steps)
 
-    def copy_block(self, group: Array, block: Array, columns: Any, to: Any, barrier: Any) -> None:
+    def copy_block(
+        self, group: Array | int, block: Array, columns: Any, to: Any, barrier: Any
+    ) -> None:
         """Starts the copies of a block of 512 inputs to its words and scales, [64, n] each."""
         words, scales = to
         groups = pl.ds(block * _GROUPS, _GROUPS)
