@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 import time
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ from kimi_jax.configs.optimizer import OptimizerConfig, OptimizerName, ScheduleC
 from kimi_jax.configs.quantization import QuantizationConfig
 from kimi_jax.data.batches import Batch
 from kimi_jax.data.corpus import open_corpus
-from kimi_jax.data.device_feed import DeviceFeed
-from kimi_jax.data.pipeline import held_out_batches, train_batches
+from kimi_jax.data.device_feed import open_feed
+from kimi_jax.data.pipeline import held_out_batches
 from kimi_jax.evaluation.perplexity import HeldOutEvaluation
 from kimi_jax.model import transformer
 from kimi_jax.optimizers.schedules import learning_rate_schedule
@@ -93,9 +94,9 @@ class Sweep:
         rate_at = learning_rate_schedule(schedule, training.num_steps)
         rates = np.asarray(rate_at(np.arange(training.num_steps)))
         state = initial_state(config, self._plan, make_optimizer(config, self._plan))
-        batches = train_batches(self._corpus, config.data, training.batch_sequences)
-        feed = DeviceFeed(batches, jax.NamedSharding(self._mesh, TOKENS))
-        with MetricLog(folder, layers_every=1) as log:
+        layout = jax.NamedSharding(self._mesh, TOKENS)
+        feed = open_feed(self._corpus, config.data, training.batch_sequences, layout)
+        with closing(feed), MetricLog(folder, layers_every=1) as log:
             for step, rate in enumerate(rates):
                 train_at_rate = self._compiled_step(config.at_step(step))
                 state, metrics = train_at_rate(state, next(feed), rate)
@@ -109,7 +110,6 @@ class Sweep:
                     state.params, dataclasses.replace(config, quantization=rounded)
                 )
                 log.write(step, {"eval/rounded_loss": measured["eval/loss"]})
-        batches.close()
 
     def _compiled_step(self, config: ExperimentConfig) -> Any:
         """Returns `(state, batch, rate) -> (state, metrics)`.
