@@ -1,6 +1,7 @@
 """Quantisation-aware training against rounding afterwards."""
 
 import argparse
+import itertools
 import pathlib
 from typing import Any
 
@@ -41,6 +42,7 @@ def compare_int4(
     ptq, qat = (np.mean([line[name] for line in rows]) for name in ("ptq_lost", "qat_lost"))
     return {
         "tokens": base.training.num_steps * base.batch_tokens,
+        "steps_before_int4": base.quantization.start_step,
         "tokens_before_int4": base.quantization.start_step * base.batch_tokens,
         "seeds": rows,
         "mean": {"ptq_lost": float(ptq), "qat_lost": float(qat), "ratio": float(qat / ptq)},
@@ -55,12 +57,15 @@ def describe(plain: RunLog, qat: RunLog) -> dict[str, float]:
     _, rounded = plain.series(_ROUNDED)
     losses = {"bfloat16": final_loss(plain), "ptq": float(rounded[-1]), "qat": final_loss(qat)}
     ptq_lost, qat_lost = (losses[name] - losses["bfloat16"] for name in ("ptq", "qat"))
-    differs = plain.series("loss/train")[1] != qat.series("loss/train")[1]
+    common = itertools.takewhile(
+        lambda pair: pair[0] == pair[1],
+        zip(plain.series("loss/train")[1], qat.series("loss/train")[1], strict=False),
+    )
     return losses | {
         "ptq_lost": ptq_lost,
         "qat_lost": qat_lost,
         "ratio": qat_lost / ptq_lost,
-        "steps_in_common": int(np.argmax(differs)) if differs.any() else len(differs),
+        "steps_in_common": len(list(common)),
     }
 
 

@@ -60,7 +60,6 @@ def comparison_config(case: Case):
     from kimi_jax.configs.model import ModelConfig
     from kimi_jax.configs.optimizer import OptimizerConfig, OptimizerName, ScheduleConfig
     from kimi_jax.configs.parallel import ParallelConfig
-    from kimi_jax.configs.quantization import QuantizationConfig, Quantize, WeightFormat
     from kimi_jax.configs.training import TrainingConfig
 
     model = ModelConfig(
@@ -81,9 +80,6 @@ def comparison_config(case: Case):
         experts_per_token=4,
     )
     data, expert = (2, 4) if case.devices == 8 else (1, 1)
-    quantization = QuantizationConfig()
-    if case.int4:
-        quantization = QuantizationConfig(format=WeightFormat.INT4, quantize=Quantize(case.int4))
     return ExperimentConfig(
         model=model,
         data=DataConfig(sequence_length=LENGTH),
@@ -93,8 +89,17 @@ def comparison_config(case: Case):
         training=TrainingConfig(num_steps=1000, batch_sequences=SEQUENCES),
         compute=ComputeConfig(dtype=ComputeDtype(case.dtype)),
         parallel=ParallelConfig(data=data, expert=expert, simulated_devices=case.devices),
-        quantization=quantization,
+        quantization=quantization_config(case),
     )
+
+
+def quantization_config(case: Case):
+    """INT4 experts, where the case has them."""
+    from kimi_jax.configs.quantization import QuantizationConfig, Quantize, WeightFormat
+
+    if case.int4 is None:
+        return QuantizationConfig()
+    return QuantizationConfig(format=WeightFormat.INT4, quantize=Quantize(case.int4))
 
 
 class Runner:

@@ -2,9 +2,14 @@
 
     python -m experiments.train --config=experiments/configs/tiny_qat_cpu.py
 
-The first 110 steps are those of tiny_cpu. Then codes from -7 to 7 with a scale for every 32 stand
-for the routed experts in all products, as Kimi K2 Thinking was trained, which also began with
-weights trained without; held-out text is measured with them from there on.
+The first 110 steps are those of tiny_cpu. From then on codes from -7 to 7 with a scale for every 32
+stand for the routed experts in all products and in all measurements: Kimi K2 Thinking, too, was
+trained so only in its last phase, and half way the run shows the switch. The program for it
+compiles beside the first steps.
+
+Two CPU cores that others used as well, 6 min 17 s from the command to the report with Python 3.12.
+Held-out text: 1.841 bits per byte with INT4 experts, where tiny_cpu has 1.840. Last true on
+2026-11-23.
 """
 
 import dataclasses
