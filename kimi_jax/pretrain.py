@@ -26,6 +26,7 @@ from kimi_jax.optimizers.schedules import learning_rate_schedule
 from kimi_jax.parallel import mesh as meshes
 from kimi_jax.parallel import multihost
 from kimi_jax.parallel.rules import REPLICATED
+from kimi_jax.quantization import qat
 from kimi_jax.training.loop import train
 from kimi_jax.training.progress import print_banner
 from kimi_jax.training.state import TrainState
@@ -99,6 +100,9 @@ def _sections(
 ) -> dict[str, list[tuple[str, ...]]]:
     """Rows of the tables that open a run."""
     plan = transformer.specs(config.model)
+    rounded = []
+    if config.quantization.enabled:
+        rounded = [("quantised", qat.describe(plan, config.quantization))]
     device = mesh.devices.flat[0]
     flops = accounting.train_flops_per_step(
         config.model, config.training.batch_sequences, config.data.sequence_length
@@ -109,6 +113,7 @@ def _sections(
             ("active per token", f"{accounting.active_parameters(config.model):,}"),
             ("batch", f"{config.batch_tokens:,} tokens, {flops / 1e9:,.1f} GFLOP a step"),
             ("mesh", f"{meshes.describe(mesh)} ({mesh.size} x {device.device_kind})"),
+            *rounded,
         ],
         "corpus": [(name, f"{value:,}") for name, value in corpus.statistics().items()]
         + _baseline_rows(held_out),

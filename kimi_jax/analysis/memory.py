@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kimi_jax.analysis.expected_flops import expert_rows_share
 from kimi_jax.configs.compute import Remat, ResidualFormat
 from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.configs.quantization import Quantize
 from kimi_jax.core import precision
 from kimi_jax.core.param_spec import NORM, SELECTION_BIAS, ParamSpec, named_specs
 from kimi_jax.kernels import fp8
@@ -23,6 +24,7 @@ from kimi_jax.optimizers.muon_clip import ADAMW, MUON, label_parameters
 from kimi_jax.parallel import rules
 from kimi_jax.parallel.collectives import CHUNK_VALUES
 from kimi_jax.parallel.mesh import CONTEXT, EXPERT, MESH_AXES, PIPE, TENSOR
+from kimi_jax.quantization import qat
 
 STATE = "all the time"
 LAYERS = "layers"  # their backward pass, when the most is kept
@@ -96,6 +98,7 @@ def estimate(config: ExperimentConfig, sizes: Mapping[str, int]) -> tuple[Term, 
     terms: tuple[tuple[str, tuple[str, ...], Callable[[_Setting], int]], ...] = (
         ("parameters", (STATE,), _parameters),
         ("optimizer state", (STATE,), _optimizer_state),
+        ("codes and scales of quantised weights", (LAYERS, LOSS), _codes),
         ("gradients", (UPDATE,), _gradients),
         ("gradients while layers run", (LAYERS,), _gradients_while_layers_run),
         ("layers' weights in the compute dtype", (LAYERS, LOSS), _cast_layers),
@@ -205,7 +208,28 @@ def _cast_layers(setting: _Setting) -> int:
     stacks = (setting.plan.dense_blocks, setting.plan.moe_blocks)
     if setting.itemsize == _MASTER_BYTES:
         return 0
-    return setting.itemsize * _stored_values(setting, [s for s in stacks if s is not None])
+    values = _stored_values(setting, [s for s in stacks if s is not None])
+    return setting.itemsize * (values - _quantised_values(setting))
+
+
+def _codes(setting: _Setting) -> int:
+    """Half a byte for each weight and two for each group, laid out like the masters."""
+    of_scales = 2 / setting.config.quantization.group_size
+    return math.ceil((0.5 + of_scales) * _quantised_values(setting))
+
+
+def _quantised_values(setting: _Setting) -> int:
+    """Values of the weights whose codes are made once a step; their casts are never made."""
+    options = setting.config.quantization
+    if not options.enabled or options.quantize is not Quantize.STEP:
+        return 0
+    chosen = jax.tree.leaves(qat.choose(setting.plan, options))
+    specs = [spec for _, spec in named_specs(setting.plan)]
+    return sum(
+        setting.values(spec, rules.STORAGE)
+        for spec, is_chosen in zip(specs, chosen, strict=True)
+        if is_chosen
+    )
 
 
 def _kept_activations(setting: _Setting) -> int:

@@ -9,7 +9,7 @@ from kimi_jax.configs.data import DataConfig
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.configs.optimizer import OptimizerConfig
 from kimi_jax.configs.parallel import ParallelConfig
-from kimi_jax.configs.quantization import QuantizationConfig, WeightFormat
+from kimi_jax.configs.quantization import QuantizationConfig
 from kimi_jax.configs.training import TrainingConfig
 from kimi_jax.core.errors import require
 
@@ -43,6 +43,11 @@ class ExperimentConfig:
             f"data.sequence_length ({self.data.sequence_length}) exceeds model.max_position "
             f"({self.model.max_position})",
         )
+        require(
+            self.quantization.start_step < self.training.num_steps,
+            f"quantization.start_step ({self.quantization.start_step}) must be less than "
+            f"training.num_steps ({self.training.num_steps}), or nothing is ever quantised",
+        )
         self._check_axes()
 
     def _check_axes(self) -> None:
@@ -73,8 +78,7 @@ class ExperimentConfig:
         """Returns the run as it is at a step: weights are rounded from `start_step` on."""
         if step >= self.quantization.start_step:
             return self
-        plain = dataclasses.replace(self.quantization, format=WeightFormat.COMPUTE)
-        return dataclasses.replace(self, quantization=plain)
+        return dataclasses.replace(self, quantization=QuantizationConfig())
 
     @property
     def batch_tokens(self) -> int:

@@ -62,6 +62,16 @@ class QuantizationConfig:
             "weights are chosen by quantization.tag or by quantization.pattern; set the other to "
             f"None, got {self.tag!r} and {self.pattern!r}",
         )
+        idle = [
+            field.name
+            for field in dataclasses.fields(self)
+            if not self.enabled and getattr(self, field.name) != field.default
+        ]
+        require(
+            not idle,
+            f"quantization.{', '.join(idle)} would do nothing while quantization.format is "
+            f"{self.format.value!r}; set it to 'int4'",
+        )
         try:
             re.compile(self.pattern or "")
         except re.error as error:

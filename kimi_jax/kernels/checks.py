@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from jaxtyping import Array
+from kimi_jax.quantization.fake_quant import FakeQuantized, Weight
+from kimi_jax.quantization.int4 import Int4Weight
 
 
-def check_shapes(kernel: str, operands: Mapping[str, tuple[Array, str]]) -> None:
+def check_shapes(kernel: str, operands: Mapping[str, tuple[Weight, str]]) -> None:
     """Raises `ValueError` unless dimensions of one letter have one size in all operands.
 
     Args:
@@ -26,8 +27,12 @@ def check_shapes(kernel: str, operands: Mapping[str, tuple[Array, str]]) -> None
                 )
 
 
-def check_same_dtype(kernel: str, operands: Mapping[str, Array]) -> None:
-    """Raises `ValueError` unless all operands have one dtype."""
-    dtypes = {name: str(array.dtype) for name, array in operands.items()}
+def check_same_dtype(kernel: str, operands: Mapping[str, Weight]) -> None:
+    """Raises `ValueError` unless all operands have one dtype; packed weights have none."""
+    dtypes = {
+        name: str((operand.carrier if isinstance(operand, FakeQuantized) else operand).dtype)
+        for name, operand in operands.items()
+        if not isinstance(operand, Int4Weight)
+    }
     if len(set(dtypes.values())) > 1:
         raise ValueError(f"{kernel}: operands must have one dtype, got {dtypes}; cast them before")

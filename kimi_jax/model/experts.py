@@ -9,7 +9,6 @@ from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core import axes as ax
 from kimi_jax.core.param_spec import MATRIX, ROUTED_EXPERT, Leaf, ParamSpec
 from kimi_jax.kernels.grouped_swiglu import grouped_swiglu
-from kimi_jax.quantization.fake_quant import dense
 
 
 @struct.dataclass
@@ -72,9 +71,9 @@ def experts(
     """
     return grouped_swiglu(
         x,
-        dense(params.w_gate, x.dtype),
-        dense(params.w_up, x.dtype),
-        dense(params.w_down, x.dtype),
+        params.w_gate,
+        params.w_up,
+        params.w_down,
         expert_ids,
         weights,
         implementation=implementation,

@@ -4,7 +4,7 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,35 @@ def absent_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
 def lowering_platform(device: Any) -> str:
     """Names a device's platform as `lower(lowering_platforms=...)` wants it."""
     return "cuda" if device.platform == "gpu" else device.platform
+
+
+def compile_for(
+    device: Any, fn: Callable[..., Any], *operands: Any, **keywords: Any
+) -> jax.stages.Compiled:
+    """Compiles `fn(*operands, **keywords)` for one device, which need not exist.
+
+    While it is traced, `core.platform` sees that device.
+
+    Args:
+      device: from `absent_devices`.
+      fn: a function of arrays.
+      *operands: arrays, or anything with their shapes and formats.
+      **keywords: the same, by name.
+    """
+    placed = jax.sharding.SingleDeviceSharding(device)
+    operands, keywords = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), (operands, keywords)
+    )
+    described = jax.sharding.AbstractDevice(
+        device_kind=device.device_kind,
+        num_cores=getattr(device, "num_cores", None),
+        platform=device.platform,
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=described)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(fn).trace(*operands, **keywords)
+        lowered = traced.lower(lowering_platforms=(lowering_platform(device),))
+    return lowered.compile()
 
 
 def torus_dimensions(devices: Sequence[Any]) -> int:

@@ -9,7 +9,7 @@ from flax import struct
 
 from kimi_jax.configs.quantization import QuantizationConfig, WeightFormat
 from kimi_jax.core.errors import require
-from kimi_jax.core.param_spec import MATRIX, ParamSpec, is_spec, map_specs
+from kimi_jax.core.param_spec import MATRIX, ParamSpec, is_spec, map_specs, named_specs
 from kimi_jax.core.trees import leaf_names
 from kimi_jax.quantization import int4
 from kimi_jax.quantization.fake_quant import FakeQuantized
@@ -80,6 +80,17 @@ def _check(spec: ParamSpec, name: str, config: QuantizationConfig) -> None:
     )
 
 
+def describe(plan: Any, config: QuantizationConfig) -> str:
+    """Says in a line what a run rounds."""
+    chosen = jax.tree.leaves(choose(plan, config))
+    sizes = [spec.size for _, spec in named_specs(plan)]
+    values = sum(size for size, flag in zip(sizes, chosen, strict=True) if flag)
+    return (
+        f"{values:,} of {sum(sizes):,} parameters in {config.format.value}, groups of "
+        f"{config.group_size}, from step {config.start_step}"
+    )
+
+
 def attach(params: Any, quantized: Any) -> Any:
     """Puts a `FakeQuantized` weight where `quantized` has one; other parameters stay what they are.
 
@@ -87,13 +98,21 @@ def attach(params: Any, quantized: Any) -> Any:
       params: parameters; they keep their gradients.
       quantized: a tree like theirs of quantised weights, None for those that are not; None for all.
     """
+    return _put(quantized, params, FakeQuantized)
+
+
+def substitute(params: Any, quantized: Any) -> Any:
+    """Puts quantised weights in the place of parameters: for a model that is trained no more."""
+    return _put(quantized, params, lambda weight, values: values)
+
+
+def _put(quantized: Any, params: Any, join: Callable[[Any, Any], Any]) -> Any:
     if quantized is None:
         return params
     nodes = (*(quantizer.weight for quantizer in QUANTIZERS.values()), QuantizedOnUse)
-
-    def join(values: Any, weight: Any) -> Any:
-        return weight if values is None else FakeQuantized(carrier=weight, quantized=values)
-
     return jax.tree.map(
-        join, quantized, params, is_leaf=lambda node: node is None or isinstance(node, nodes)
+        lambda values, weight: weight if values is None else join(weight, values),
+        quantized,
+        params,
+        is_leaf=lambda node: node is None or isinstance(node, nodes),
     )

@@ -58,6 +58,18 @@ def claim(workdir: str | os.PathLike, config: ExperimentConfig, *, resume: bool)
     return folder
 
 
+def read_config(workdir: str | os.PathLike) -> ExperimentConfig:
+    """Returns the configuration of the run in a folder.
+
+    Raises:
+      CheckpointMismatchError: the folder holds no run, or one that this version cannot read.
+    """
+    path = pathlib.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        raise CheckpointMismatchError(f"{workdir} holds no run: it has no {CONFIG_FILE}")
+    return convert.from_mapping(ExperimentConfig, _read(path))
+
+
 def _claim(folder: pathlib.Path, new: dict, *, resume: bool) -> None:
     path = folder / CONFIG_FILE
     if path.exists():

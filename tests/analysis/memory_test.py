@@ -3,7 +3,8 @@ from absl.testing import absltest, parameterized
 
 from kimi_jax.analysis import memory
 from kimi_jax.analysis.step_report import shard_bytes
-from kimi_jax.configs.compute import Remat, ResidualFormat
+from kimi_jax.configs.compute import ComputeDtype, Remat, ResidualFormat
+from kimi_jax.configs.quantization import Quantize, WeightFormat
 from kimi_jax.model import transformer
 from kimi_jax.training.state import abstract_state
 from kimi_jax.training.step import make_optimizer
@@ -66,6 +67,19 @@ class MemoryTest(parameterized.TestCase):
         of_stage = piped["gradients"] - piped["gradients while layers run"]
         self.assertGreater(of_stage, 0)
         self.assertEqual(piped[row], 4 * queues + of_stage)
+
+    def test_codes_take_four_and_a_half_bits_and_the_place_of_the_cast(self):
+        bfloat16 = {"compute": {"dtype": ComputeDtype.BFLOAT16}}
+        plain = _terms(tiny.experiment(**bfloat16))
+        options = {"format": WeightFormat.INT4, "group_size": 8}
+        rounded = _terms(tiny.experiment(quantization=options, **bfloat16))
+        values = 2 * 3 * 8 * 32 * 16 // 8  # two mixtures, three matrices each, on 8 devices
+        row, cast = "codes and scales of quantised weights", "layers' weights in the compute dtype"
+        self.assertNotIn(row, plain)
+        self.assertEqual(rounded[row], values * (4 / 8 + 2 / 8))
+        self.assertEqual(plain[cast] - rounded[cast], 2 * values)
+        on_use = tiny.experiment(quantization=options | {"quantize": Quantize.USE}, **bfloat16)
+        self.assertEqual(_terms(on_use), plain)
 
     def test_micro_batches_divide_activations_and_double_gradients(self):
         one = _terms(tiny.experiment(compute={"remat": Remat.FULL}))

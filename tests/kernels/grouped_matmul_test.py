@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,13 +7,24 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 from kimi_jax.configs.compute import Implementation
-from kimi_jax.kernels.grouped_matmul import cases, grouped_matmul
+from kimi_jax.kernels.grouped_matmul import cases, grouped_matmul, pallas_tpu
+from kimi_jax.quantization import int4
+from kimi_jax.quantization.fake_quant import FakeQuantized
 from tests.support.gradients import (
     BFLOAT16_TOLERANCE,
     FLOAT32_TOLERANCE,
     assert_close,
     value_and_gradients,
 )
+from tests.support.grouped_pallas import interpreted
+
+# Several tiles, and several parts of one, in the smallest sizes that a kernel takes.
+_SMALL_TILES = {"rows": 64, "part": 32, "columns": 128, "inputs": 128, "outputs": 128}
+_XLA, _REFERENCE = (
+    functools.partial(grouped_matmul, implementation=implementation)
+    for implementation in (Implementation.XLA, Implementation.REFERENCE)
+)
+_PALLAS = interpreted(tiles=_SMALL_TILES)
 
 
 def _oracle(x, w, group_sizes, d_y):
@@ -33,44 +46,95 @@ def _inputs(case):
     return x, w, rng.standard_normal((rows, case.outputs))
 
 
+def _packed(w):
+    """Packs, and returns the values as float64, too, by a way that shares nothing with kernels."""
+    packed = int4.quantize(jnp.asarray(w, jnp.float32))
+    words = np.asarray(packed.codes).view(np.uint32)
+    nibbles = np.stack([(words >> (4 * i)) & 15 for i in range(8)], axis=2)
+    codes = nibbles.reshape(w.shape).astype(np.float64) - 8
+    return packed, codes * np.repeat(np.asarray(packed.scales, np.float64), 32, axis=1)
+
+
 class GroupedMatmulTest(parameterized.TestCase):
-    @parameterized.product(
-        name=list(cases.TOY), implementation=[Implementation.XLA, Implementation.REFERENCE]
-    )
-    def test_product_and_gradients_equal_float64(self, name, implementation):
+    @parameterized.product(name=list(cases.TOY), multiply=[_XLA, _REFERENCE, _PALLAS])
+    def test_product_and_gradients_equal_float64(self, name, multiply):
         case = cases.TOY[name]
         x, w, d_y = _inputs(case)
-        self._check(x, w, case.group_sizes, d_y, jnp.float32, FLOAT32_TOLERANCE, implementation)
+        self._check(multiply, case, x, w, d_y, jnp.float32, FLOAT32_TOLERANCE)
 
-    def test_bfloat16_product_and_gradients_are_near_float64(self):
+    @parameterized.parameters(_XLA, _PALLAS)
+    def test_bfloat16_product_and_gradients_are_near_float64(self, multiply):
         case = cases.TOY["odd_sizes_and_spare_rows"]
         x, w, d_y = _inputs(case)
-        self._check(
-            x, w, case.group_sizes, d_y, jnp.bfloat16, BFLOAT16_TOLERANCE, Implementation.XLA
-        )
+        self._check(multiply, case, x, w, d_y, jnp.bfloat16, BFLOAT16_TOLERANCE)
 
-    def _check(self, x, w, group_sizes, d_y, dtype, tolerance, implementation):
-        sizes = jnp.asarray(group_sizes, jnp.int32)
+    def _check(self, multiply, case, x, w, d_y, dtype, tolerance):
+        sizes = jnp.asarray(case.group_sizes, jnp.int32)
         value, gradients = value_and_gradients(
-            lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation),
+            lambda x, w: multiply(x, w, sizes),
             (jnp.asarray(x, dtype), jnp.asarray(w, dtype)),
             jnp.asarray(d_y, dtype),
         )
         for actual, expected in zip(
-            (value, *gradients), _oracle(x, w, group_sizes, d_y), strict=True
+            (value, *gradients), _oracle(x, w, case.group_sizes, d_y), strict=True
         ):
             self.assertEqual(actual.dtype, dtype)
             assert_close(actual, expected, tolerance)
 
-    def test_rows_of_no_group_cannot_reach_the_result(self):
+    @parameterized.product(name=list(cases.TOY_INT4), multiply=[_XLA, _REFERENCE, _PALLAS])
+    def test_packed_weights_equal_float64_and_their_gradient_goes_to_the_carrier(
+        self, name, multiply
+    ):
+        case = cases.TOY_INT4[name]
+        x, w, d_y = _inputs(case)
+        packed, w = _packed(w)
+        sizes = jnp.asarray(case.group_sizes, jnp.int32)
+        value, (d_x, d_carrier) = value_and_gradients(
+            lambda x, carrier, w: multiply(x, FakeQuantized(carrier=carrier, quantized=w), sizes),
+            (jnp.asarray(x, jnp.float32), jnp.full(w.shape, jnp.nan)),
+            jnp.asarray(d_y, jnp.float32),
+            fixed=(packed,),
+        )
+        expected = _oracle(x, w, case.group_sizes, d_y)
+        for a, b in zip((value, d_x, d_carrier), expected, strict=True):
+            assert_close(a, b, FLOAT32_TOLERANCE)
+
+    @parameterized.parameters(_XLA, _PALLAS)
+    def test_packed_weights_alone_give_the_bits_of_the_unpacked_ones_and_get_no_gradient(
+        self, multiply
+    ):
+        case = cases.TOY_INT4["odd_sizes_and_spare_rows_int4"]
+        x, w, d_y = (jnp.asarray(a, jnp.bfloat16) for a in _inputs(case))
+        packed = int4.quantize(w)
+        sizes = jnp.asarray(case.group_sizes, jnp.int32)
+        results = [
+            value_and_gradients(lambda x, w: multiply(x, w, sizes), (x,), d_y, fixed=(weight,))
+            for weight in (packed, int4.dequantize(packed, jnp.bfloat16))
+        ]
+        for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    @parameterized.parameters(
+        ((0, 0, 0), 40), ((64, 0, 64, 1), 0), ((5, 59, 128), 3), ((300,), 0), ((1,) * 9, 200)
+    )
+    def test_groups_that_end_with_tiles_and_tiles_without_rows(self, group_sizes, spare_rows):
+        case = cases.Case(group_sizes=group_sizes, spare_rows=spare_rows, inputs=4, outputs=3)
+        x, w, d_y = _inputs(case)
+        self._check(_PALLAS, case, x, w, d_y, jnp.float32, FLOAT32_TOLERANCE)
+
+    @parameterized.parameters(_XLA, _PALLAS)
+    def test_rows_of_no_group_cannot_reach_the_result(self, multiply):
         x, d_y = (jnp.ones((5, n)).at[2:].set(jnp.nan) for n in (3, 4))
         w, sizes = jnp.ones((2, 3, 4)), jnp.array([1, 1], jnp.int32)
-        y, (d_x, d_w) = value_and_gradients(lambda x, w: grouped_matmul(x, w, sizes), (x, w), d_y)
+        y, (d_x, d_w) = value_and_gradients(lambda x, w: multiply(x, w, sizes), (x, w), d_y)
         np.testing.assert_array_equal(y[2:], 0.0)
         np.testing.assert_array_equal(d_x[2:], 0.0)
         np.testing.assert_array_equal(d_w, 1.0)
 
-    def test_gradients_with_replicated_matrices_in_shard_map_equal_the_unsharded_ones(self):
+    @parameterized.parameters(_XLA, _PALLAS)
+    def test_gradients_with_replicated_matrices_in_shard_map_equal_the_unsharded_ones(
+        self, multiply
+    ):
         rng = np.random.default_rng(1)
         x = jnp.asarray(rng.standard_normal((4, 30, 6)), jnp.float32)
         w = jnp.asarray(rng.standard_normal((3, 6, 5)), jnp.float32)
@@ -79,7 +143,7 @@ class GroupedMatmulTest(parameterized.TestCase):
         mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
 
         def shard(x, w, sizes):
-            return grouped_matmul(x[0], w, sizes[0])[None]
+            return multiply(x[0], w, sizes[0])[None]
 
         with jax.set_mesh(mesh):
             sharded = jax.shard_map(
@@ -91,12 +155,26 @@ class GroupedMatmulTest(parameterized.TestCase):
                 jax.reshard(d_y, P("d")),
             )
         expected = value_and_gradients(
-            lambda x, w: jnp.stack([grouped_matmul(x[i], w, sizes[i]) for i in range(4)]),
+            lambda x, w: jnp.stack([_XLA(x[i], w, sizes[i]) for i in range(4)]),
             (x, w),
             d_y,
         )
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert_close(a, b, FLOAT32_TOLERANCE)
+
+    def test_a_tile_table_cannot_ask_for_more_than_there_is(self):
+        x, w = jnp.ones((5, 3)), jnp.ones((1, 3, 4))
+        y = pallas_tpu.forward(x, w, jnp.array([4]), interpret=True)
+        np.testing.assert_array_equal(y, np.repeat([3.0, 0.0], [4, 1])[:, None] * np.ones(4))
+
+    def test_a_kernel_for_tpus_raises_elsewhere(self):
+        with self.assertRaisesRegex(NotImplementedError, "runs on a TPU"):
+            grouped_matmul(
+                jnp.ones((5, 3)),
+                jnp.ones((1, 3, 4)),
+                jnp.array([4]),
+                implementation=Implementation.PALLAS_TPU,
+            )
 
     def test_operands_of_two_dtypes_raise(self):
         with self.assertRaisesRegex(ValueError, "operands must have one dtype"):

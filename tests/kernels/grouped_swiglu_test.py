@@ -6,16 +6,20 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 from kimi_jax.configs.compute import Implementation, ResidualFormat
-from kimi_jax.kernels.grouped_swiglu import cases, grouped_swiglu
+from kimi_jax.kernels.grouped_swiglu import cases, grouped_swiglu, xla_accelerator
+from kimi_jax.quantization import int4
+from kimi_jax.quantization.fake_quant import FakeQuantized
 from tests.support.gradients import (
     BFLOAT16_TOLERANCE,
     FLOAT32_TOLERANCE,
     assert_close,
     value_and_gradients,
 )
+from tests.support.grouped_pallas import interpreted
 from tests.support.swiglu_oracle import swiglu_oracle
 
 _XLA = (Implementation.XLA, Implementation.XLA_ACCELERATOR)
+_WITH_PALLAS = (*_XLA, Implementation.PALLAS_TPU)
 _KEEP_ALL_NAMED = jax.checkpoint_policies.save_only_these_names(
     "expert_inputs", "expert_gate", "expert_up", "expert_gate_and_up"
 )
@@ -73,11 +77,19 @@ def _stored_as_fp8(rows):
     return (rows * 2.0**7).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * 2.0**-7
 
 
+def _swiglu(*operands, implementation, residuals=ResidualFormat.COMPUTE):
+    """The public function, or what it does with the TPU's kernels, interpreted."""
+    if implementation is not Implementation.PALLAS_TPU:
+        return grouped_swiglu(*operands, implementation=implementation, residuals=residuals)
+    tiles = {"rows": 128, "part": 32, "columns": 128, "inputs": 128, "outputs": 128}
+    return xla_accelerator.grouped_swiglu(*operands, residuals, interpreted(tiles=tiles))
+
+
 def _function(ids, implementation, residuals):
     ids = jnp.asarray(ids, jnp.int32)
 
     def run(x, w_gate, w_up, w_down, weights):
-        return grouped_swiglu(
+        return _swiglu(
             x,
             w_gate,
             w_up,
@@ -97,7 +109,7 @@ def _run(operands, ids, d_y, dtype, implementation=Implementation.XLA):
     ids = jnp.asarray(ids, jnp.int32)
 
     def run(x, w_gate, w_up, w_down, weights, ids):
-        return grouped_swiglu(x, w_gate, w_up, w_down, ids, weights, implementation=implementation)
+        return _swiglu(x, w_gate, w_up, w_down, ids, weights, implementation=implementation)
 
     return value_and_gradients(run, arguments, jnp.asarray(d_y, dtype), fixed=(ids,))
 
@@ -121,11 +133,38 @@ class GroupedSwigluTest(parameterized.TestCase):
         operands, ids, d_y = _inputs(cases.TOY[name])
         self._check(operands, ids, d_y, jnp.float32, FLOAT32_TOLERANCE, implementation)
 
+    @parameterized.parameters("several_tiles", "most_experts_elsewhere", "all_experts_elsewhere")
+    def test_the_kernels_for_tpus_give_the_same_sum_and_gradients(self, name):
+        operands, ids, d_y = _inputs(cases.TOY[name])
+        pallas = Implementation.PALLAS_TPU
+        self._check(operands, ids, d_y, jnp.float32, FLOAT32_TOLERANCE, pallas)
+
     @parameterized.parameters(*_XLA)
     def test_all_tokens_to_one_expert(self, implementation):
         operands, ids, d_y = _inputs(cases.TOY["several_tiles"])
         ids = np.stack([np.full(len(ids), 1), np.full(len(ids), -1)], axis=1)
         self._check(operands, ids, d_y, jnp.float32, FLOAT32_TOLERANCE, implementation)
+
+    @parameterized.parameters(*_WITH_PALLAS, Implementation.REFERENCE)
+    def test_packed_weights_count_as_their_values_and_gradients_go_to_the_carriers(
+        self, implementation
+    ):
+        case = cases.Case(tokens=37, embed=64, inner=32, experts=5, per_token=3, absent=0.3)
+        operands, ids, d_y = _inputs(case)
+        packed = tuple(int4.quantize(jnp.asarray(w, jnp.float32)) for w in operands[1:4])
+        operands[1:4] = (np.asarray(int4.dequantize(w, jnp.float32), np.float64) for w in packed)
+        run = _function(ids, implementation, ResidualFormat.COMPUTE)
+
+        def run_packed(x, carriers, weights, packed):
+            stored = map(lambda c, q: FakeQuantized(carrier=c, quantized=q), carriers, packed)
+            return run(x, *stored, weights)
+
+        x, weights, d_y_cast = (jnp.asarray(a, jnp.float32) for a in (*operands[::4], d_y))
+        never_read = tuple(jnp.full(w.shape, jnp.nan) for w in packed)
+        actual = value_and_gradients(run_packed, (x, never_read, weights), d_y_cast, (packed,))
+        expected = swiglu_oracle(operands, ids, d_y)
+        for a, b in zip(jax.tree.leaves(actual), expected, strict=True):
+            assert_close(a, b, FLOAT32_TOLERANCE)
 
     @parameterized.parameters(*_XLA)
     def test_one_expert_twice_for_a_token_counts_twice(self, implementation):
@@ -133,7 +172,7 @@ class GroupedSwigluTest(parameterized.TestCase):
         ids = np.zeros_like(ids)
         self._check(operands, ids, d_y, jnp.float32, FLOAT32_TOLERANCE, implementation)
 
-    @parameterized.parameters(*_XLA)
+    @parameterized.parameters(*_WITH_PALLAS)
     def test_bfloat16_sum_and_gradients_are_near_float64(self, implementation):
         operands, ids, d_y = _inputs(cases.TOY["several_tiles"])
         self._check(operands, ids, d_y, jnp.bfloat16, BFLOAT16_TOLERANCE, implementation)
@@ -145,7 +184,7 @@ class GroupedSwigluTest(parameterized.TestCase):
         for a, b in zip(actual, expected, strict=True):
             assert_close(a, b, tolerance)
 
-    @parameterized.parameters(*_XLA)
+    @parameterized.parameters(*_WITH_PALLAS)
     def test_an_absent_assignment_changes_nothing_even_where_all_it_has_is_infinite(
         self, implementation
     ):
@@ -203,7 +242,7 @@ class GroupedSwigluTest(parameterized.TestCase):
         ]
         self.assertEmpty(copies)
 
-    @parameterized.parameters(*_XLA)
+    @parameterized.parameters(*_WITH_PALLAS)
     def test_gradients_with_fp8_residuals_are_those_of_the_rounded_values(self, implementation):
         operands, ids, d_y = _inputs_with_exact_scales()
         run = _function(ids, implementation, ResidualFormat.FP8)

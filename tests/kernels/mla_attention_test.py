@@ -9,56 +9,18 @@ from jax.sharding import PartitionSpec as P
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.mla_attention import cases, mla_attention
+from tests.support.attention_oracle import (
+    SCALE,
+    attention_inputs,
+    attention_oracle,
+    visible_pairs,
+)
 from tests.support.gradients import (
     BFLOAT16_TOLERANCE,
     FLOAT32_TOLERANCE,
     assert_close,
     value_and_gradients,
 )
-
-SCALE = 0.3
-
-
-def _visible(segments):
-    position = np.arange(segments.shape[1])
-    causal = position[:, None] >= position[None, :]
-    return (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]  # [B, 1, T, S]
-
-
-def _oracle(q_nope, q_rope, k_nope, k_rope, value, segments, d_out):
-    """The output, the largest logits, and the five gradients: naive, in float64."""
-    k_rope_of_heads = np.repeat(k_rope[:, :, None], q_nope.shape[2], axis=2)
-    q, k = np.concatenate([q_nope, q_rope], -1), np.concatenate([k_nope, k_rope_of_heads], -1)
-    logits = SCALE * np.einsum("btnd,bsnd->bnts", q, k)
-    logits = np.where(_visible(segments), logits, -np.inf)
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    out = np.einsum("bnts,bsnu->btnu", p, value)
-    d_p = np.einsum("btnu,bsnu->bnts", d_out, value)
-    d_logits = SCALE * p * (d_p - np.sum(p * d_p, -1, keepdims=True))
-    d_q = np.einsum("bnts,bsnd->btnd", d_logits, k)
-    d_k = np.einsum("bnts,btnd->bsnd", d_logits, q)
-    d_value = np.einsum("bnts,btnu->bsnu", p, d_out)
-    width = q_nope.shape[-1]
-    gradients = (
-        *(d_q[..., :width], d_q[..., width:]),
-        *(d_k[..., :width], d_k[..., width:].sum(axis=2), d_value),
-    )
-    return out, logits.max((2, 3)), gradients
-
-
-def _inputs(case):
-    rng = np.random.default_rng(0)
-    of_heads = (case.batch, case.positions, case.heads)
-    shapes = [
-        *((*of_heads, case.nope), (*of_heads, case.rope), (*of_heads, case.nope)),
-        *((case.batch, case.positions, case.rope), (*of_heads, case.value)),
-    ]
-    operands = [rng.standard_normal(shape) for shape in shapes]
-    # Documents end at other places in each sequence, and not at blocks.
-    ends = np.sort(rng.integers(0, case.positions, (case.batch, 1, case.documents - 1)))
-    segments = np.sum(np.arange(case.positions)[:, None] >= ends, axis=2)
-    return operands, segments, rng.standard_normal((*of_heads, case.value))
 
 
 def _run(operands, segments, d_out, dtype, implementation=Implementation.XLA):
@@ -84,9 +46,9 @@ class MlaAttentionTest(parameterized.TestCase):
         ],
     )
     def test_output_maximum_and_gradients_equal_float64(self, name, implementation):
-        operands, segments, d_out = _inputs(cases.TOY[name])
+        operands, segments, d_out = attention_inputs(cases.TOY[name])
         actual = _run(operands, segments, d_out, jnp.float32, implementation)
-        expected = _oracle(*operands, segments, d_out)
+        expected = attention_oracle(*operands, segments, d_out)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert_close(a, b, FLOAT32_TOLERANCE)
 
@@ -95,10 +57,10 @@ class MlaAttentionTest(parameterized.TestCase):
         implementation=[Implementation.XLA, Implementation.XLA_ACCELERATOR],
     )
     def test_bfloat16_output_maximum_and_gradients_are_near_float64(self, name, implementation):
-        operands, segments, d_out = _inputs(cases.TOY[name])
+        operands, segments, d_out = attention_inputs(cases.TOY[name])
         out, max_logit, gradients = _run(operands, segments, d_out, jnp.bfloat16, implementation)
         self.assertEqual(max_logit.dtype, jnp.float32)
-        expected = _oracle(*operands, segments, d_out)
+        expected = attention_oracle(*operands, segments, d_out)
         for a, b in zip((out, max_logit, *gradients), jax.tree.leaves(expected), strict=True):
             assert_close(a, b, BFLOAT16_TOLERANCE)
 
@@ -109,10 +71,10 @@ class MlaAttentionTest(parameterized.TestCase):
     def test_a_head_whose_logits_are_all_negative_has_a_negative_maximum(
         self, name, implementation
     ):
-        operands, segments, _ = _inputs(cases.TOY[name])
+        operands, segments, _ = attention_inputs(cases.TOY[name])
         q_nope, q_rope, k_nope, k_rope, value = operands
         q_nope, k_nope, q_rope = 1.0 + np.abs(q_nope), -1.0 - np.abs(k_nope), 0.0 * q_rope
-        expected = _oracle(q_nope, q_rope, k_nope, k_rope, value, segments, value)[1]
+        expected = attention_oracle(q_nope, q_rope, k_nope, k_rope, value, segments, value)[1]
         self.assertLess(expected.max(), -1.0)
         operands = (q_nope, q_rope, k_nope, k_rope, value)
         _, actual, _ = _run(operands, segments, value, jnp.float32, implementation)
@@ -123,20 +85,20 @@ class MlaAttentionTest(parameterized.TestCase):
         implementation=[Implementation.XLA, Implementation.XLA_ACCELERATOR],
     )
     def test_larger_logits_behind_the_mask_do_not_reach_the_maximum(self, name, implementation):
-        (q_nope, q_rope, k_nope, k_rope, value), segments, d_out = _inputs(cases.TOY[name])
+        (q_nope, q_rope, k_nope, k_rope, value), segments, d_out = attention_inputs(cases.TOY[name])
         # Keys that only their own query sees match all others a hundredfold.
-        visible = _visible(segments)[:, 0]
+        visible = visible_pairs(segments)[:, 0]
         hidden_from = ~visible.any(axis=1, where=~np.eye(visible.shape[1], dtype=bool))
         k_nope = np.where(hidden_from[:, :, None, None], 100.0 * k_nope, k_nope)
         operands = (q_nope, q_rope, k_nope, k_rope, value)
-        _, expected, _ = _oracle(*operands, segments, d_out)
+        _, expected, _ = attention_oracle(*operands, segments, d_out)
         masked = SCALE * np.einsum("btnh,bsnh->bnts", q_nope, k_nope)
         self.assertTrue(np.all(masked.max((2, 3)) > expected + 10.0))
         _, actual, _ = _run(operands, segments, d_out, jnp.float32, implementation)
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
     def test_the_maximum_sends_no_gradient(self):
-        operands, segments, _ = _inputs(cases.TOY["one_block"])
+        operands, segments, _ = attention_inputs(cases.TOY["one_block"])
         arrays = [jnp.asarray(a, jnp.float32) for a in operands]
         for implementation in (
             Implementation.XLA,
@@ -156,15 +118,15 @@ class MlaAttentionTest(parameterized.TestCase):
 
     def test_heads_that_do_not_fill_a_loop_body_are_all_computed(self):
         case = cases.Case(batch=1, positions=9, heads=11, nope=4, rope=2, value=3)
-        operands, segments, d_out = _inputs(case)
+        operands, segments, d_out = attention_inputs(case)
         actual = _run(operands, segments, d_out, jnp.float32)
-        expected = _oracle(*operands, segments, d_out)
+        expected = attention_oracle(*operands, segments, d_out)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert_close(a, b, FLOAT32_TOLERANCE)
 
     def test_gradients_in_shard_map_with_a_replicated_key_equal_the_unsharded_ones(self):
         case = cases.Case(batch=4, positions=20, heads=2, nope=4, rope=2, value=3, documents=2)
-        operands, segments, d_out = _inputs(case)
+        operands, segments, d_out = attention_inputs(case)
         q_nope, q_rope, k_nope, k_rope, value = (jnp.asarray(a, jnp.float32) for a in operands)
         operands = (q_nope, q_rope, k_nope, k_rope[:1], value)
         segments, d_out = jnp.asarray(segments, jnp.int32), jnp.asarray(d_out, jnp.float32)
@@ -210,7 +172,7 @@ class MlaAttentionTest(parameterized.TestCase):
         self.assertEqual(bool(re.search(r"\[(\d+,)*1024,1024\]", program)), holds)
 
     def test_operands_that_do_not_fit_raise(self):
-        operands, segments, _ = _inputs(cases.TOY["one_block"])
+        operands, segments, _ = attention_inputs(cases.TOY["one_block"])
         arrays = [jnp.asarray(a, jnp.float32) for a in operands]
         arrays[3] = arrays[3].astype(jnp.bfloat16)
         with self.assertRaisesRegex(ValueError, "operands must have one dtype"):

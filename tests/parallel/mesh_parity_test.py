@@ -11,6 +11,7 @@ from absl.testing import absltest, parameterized
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.configs.model import YarnConfig
+from kimi_jax.configs.quantization import WeightFormat
 from kimi_jax.core.param_spec import NORM, map_specs
 from kimi_jax.core.trees import leaf_names
 from kimi_jax.data.device_feed import put_batch
@@ -41,10 +42,13 @@ BOTH_KINDS = TWO_LAYERS | {"num_dense_layers": 1, "dense_ffn_dim": 16}
 YARN = MODEL | {"yarn": YarnConfig(factor=4.0, original_max_position=8)}
 IN_TWO_ROUNDS = YARN | {"num_layers": 4}  # of a pipeline of two stages
 NO_QUERY_LATENT = MODEL | {"q_latent_dim": None}
+INT4 = {"format": WeightFormat.INT4, "group_size": 8}
+SHARED = {"tag": None, "pattern": r"moe_blocks\.feed_forward\.(experts|shared)\..*"}
 
 
-def experiment(model, adam_eps=ADAM_EPS):
+def experiment(model, adam_eps=ADAM_EPS, **quantization):
     return tiny.experiment(
+        quantization=quantization,
         model=model,
         data={"sequence_length": LENGTH},
         compute={"implementation": Implementation.REFERENCE},  # compiles faster
@@ -84,8 +88,10 @@ def gradients_on(mesh, config):
 
     def share(params, batch):
         total = jnp.sum(batch.weights)
-        params = transformer.to_stages(params, config=config.model, choices=config.compute)
-        return steps.batch_share_of_loss(params, batch, config=config, constants=(total, None))
+        options = {"config": config.model, "choices": config.compute}
+        rounded = transformer.quantize(params, quantization=config.quantization, **options)
+        params = transformer.to_stages(params, **options)
+        return steps.batch_share_of_loss(params, batch, config=config, constants=(total, rounded))
 
     compute = jax.jit(jax.value_and_grad(share, has_aux=True), compiler_options=QUICK)
     with jax.set_mesh(mesh):
@@ -141,9 +147,12 @@ class MeshParityTest(parameterized.TestCase):
         ("tensor_4", {"tensor": 4}, MODEL),
         ("data_2_expert_2_tensor_2", {"data": 2, "expert": 2, "tensor": 2}, MODEL),
         ("expert_4_context_2", {"expert": 4, "context": 2}, NO_QUERY_LATENT),
+        ("int4_data_2_expert_2_tensor_2", {"data": 2, "expert": 2, "tensor": 2}, MODEL, INT4),
+        ("int4_pipe_2_data_2", {"pipe": 2, "data": 2}, IN_TWO_ROUNDS, INT4),
+        ("int4_shared_data_2_tensor_2", {"data": 2, "tensor": 2}, MODEL, INT4 | SHARED),
     )
-    def test_loss_and_gradients_are_those_of_one_device(self, axes, model):
-        config = experiment(model)
+    def test_loss_and_gradients_are_those_of_one_device(self, axes, model, quantization=None):
+        config = experiment(model, **quantization or {})
         loss, parts, stats, gradients = gradients_on(
             tiny.mesh(**{"data": 1, "expert": 1} | axes), config
         )

@@ -14,8 +14,10 @@ _PLAN = transformer.specs(tiny.MODEL)
 _EXPERTS = {f"moe_blocks.feed_forward.experts.{name}" for name in ("w_gate", "w_up", "w_down")}
 
 
+_INT4 = {"format": WeightFormat.INT4, "group_size": 8}
+
+
 def _chosen(**options):
-    options = {"format": WeightFormat.INT4, "group_size": 8} | options
     flags = qat.choose(_PLAN, QuantizationConfig(**options))
     names = jax.tree.leaves(leaf_names(flags))
     return {name for name, flag in zip(names, jax.tree.leaves(flags), strict=True) if flag}
@@ -23,8 +25,8 @@ def _chosen(**options):
 
 class ChooseTest(parameterized.TestCase):
     def test_routed_experts_alone_unless_something_else_is_said(self):
-        self.assertEqual(_chosen(), _EXPERTS)
-        self.assertEqual(_chosen(format=WeightFormat.COMPUTE), set())
+        self.assertEqual(_chosen(**_INT4), _EXPERTS)
+        self.assertEqual(_chosen(), set())
 
     def test_a_pattern_is_of_whole_names(self):
         shared = r"moe_blocks\.feed_forward\.(experts|shared)\.w_(gate|up)"
@@ -33,7 +35,7 @@ class ChooseTest(parameterized.TestCase):
             for part in ("experts", "shared")
             for side in ("gate", "up")
         }
-        self.assertEqual(_chosen(tag=None, pattern=shared), names)
+        self.assertEqual(_chosen(tag=None, pattern=shared, **_INT4), names)
 
     @parameterized.parameters(
         ({"tag": "nothing"}, "no weight of this model is chosen by 'nothing'"),
@@ -43,7 +45,15 @@ class ChooseTest(parameterized.TestCase):
     )
     def test_what_cannot_be_quantised_raises_with_its_name(self, options, message):
         with self.assertRaisesRegex(ConfigError, message):
-            _chosen(**options)
+            _chosen(**_INT4 | options)
+
+
+class DescribeTest(absltest.TestCase):
+    def test_it_counts_what_is_rounded_and_says_since_when(self):
+        config = QuantizationConfig(format=WeightFormat.INT4, group_size=8, start_step=70)
+        line = qat.describe(_PLAN, config)
+        self.assertStartsWith(line, f"{2 * 3 * 8 * 32 * 16:,} of ")
+        self.assertEndsWith(line, "in int4, groups of 8, from step 70")
 
 
 class AttachTest(absltest.TestCase):

@@ -9,17 +9,22 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels import tiles
 from kimi_jax.kernels.products import dot
+from kimi_jax.quantization.fake_quant import Weight, dense
 
 TILE_ROWS = 128  # rows of one group multiplied at a time
 
 F32 = jnp.float32
 
 
-@jax.custom_vjp
 def grouped_matmul(
-    x: Float[Array, "A K"], w: Float[Array, "E K N"], group_sizes: Int[Array, "E"]
+    x: Float[Array, "A K"], w: Weight, group_sizes: Int[Array, "E"]
 ) -> Float[Array, "A N"]:
-    """Computes what the package's `grouped_matmul` describes."""
+    """Computes what the package's `grouped_matmul` describes; packed weights are unpacked once."""
+    return _grouped_matmul(x, dense(w, x.dtype), group_sizes)
+
+
+@jax.custom_vjp
+def _grouped_matmul(x: Array, w: Array, group_sizes: Array) -> Array:
     return _multiply(x, w, group_sizes, contract=1)
 
 
@@ -69,4 +74,4 @@ def _backward(residuals, d_y: Array):
     return _multiply(d_y, w, group_sizes, contract=2), d_w.astype(w.dtype), None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)

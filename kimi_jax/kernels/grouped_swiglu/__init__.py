@@ -1,28 +1,43 @@
 """Weighted sum of the SwiGLU experts chosen for each token."""
 
+from collections.abc import Callable
+
 import jax
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import Implementation, ResidualFormat
 from kimi_jax.kernels.checks import check_same_dtype, check_shapes
-from kimi_jax.kernels.grouped_swiglu import reference, xla, xla_accelerator
+from kimi_jax.kernels.grouped_swiglu import pallas_gpu, pallas_tpu, reference, xla, xla_accelerator
 from kimi_jax.kernels.selection import select
+from kimi_jax.quantization.fake_quant import Weight, dense
+
+
+def _on_arrays(run: Callable[..., Array]) -> Callable[..., Array]:
+    """Gives a program of arrays the values of packed weights."""
+
+    def run_dense(x: Array, w_gate: Weight, w_up: Weight, w_down: Weight, *others) -> Array:
+        return run(x, *(dense(w, x.dtype) for w in (w_gate, w_up, w_down)), *others)
+
+    return run_dense
+
 
 _AVAILABLE = {
-    Implementation.XLA: xla.grouped_swiglu,
-    Implementation.XLA_ACCELERATOR: xla_accelerator.grouped_swiglu,
-    Implementation.REFERENCE: reference.grouped_swiglu,
+    Implementation.XLA: _on_arrays(xla.grouped_swiglu),
+    Implementation.XLA_ACCELERATOR: _on_arrays(xla_accelerator.grouped_swiglu),
+    Implementation.PALLAS_TPU: pallas_tpu.grouped_swiglu,
+    Implementation.PALLAS_GPU: pallas_gpu.grouped_swiglu,
+    Implementation.REFERENCE: _on_arrays(reference.grouped_swiglu),
 }
-# On GPUs every expert of a ragged product multiplies every row.
-_FASTEST = {"tpu": Implementation.XLA_ACCELERATOR}
+# The kernels for GPUs were compiled, never run.
+_FASTEST = {"tpu": Implementation.PALLAS_TPU}
 
 
 @jax.named_scope("grouped_swiglu")
 def grouped_swiglu(
     x: Float[Array, "W D"],
-    w_gate: Float[Array, "E D M"],
-    w_up: Float[Array, "E D M"],
-    w_down: Float[Array, "E M D"],
+    w_gate: Weight,
+    w_up: Weight,
+    w_down: Weight,
     expert_ids: Int[Array, "W K"],
     weights: Float[Array, "W K"],
     *,
@@ -35,9 +50,9 @@ def grouped_swiglu(
 
     Args:
       x: tokens.
-      w_gate: gate projections, in the tokens' dtype.
-      w_up: up projections.
-      w_down: down projections.
+      w_gate: gate projections, [E, D, M]: an array in the tokens' dtype, or packed.
+      w_up: up projections, [E, D, M].
+      w_down: down projections, [E, M, D].
       expert_ids: chosen experts; one outside [0, E) contributes nothing and costs next to nothing.
       weights: their weights, any floating dtype.
       implementation: which program computes it.

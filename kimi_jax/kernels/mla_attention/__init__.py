@@ -5,16 +5,18 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.checks import check_same_dtype, check_shapes
-from kimi_jax.kernels.mla_attention import reference, xla, xla_accelerator
+from kimi_jax.kernels.mla_attention import pallas_gpu, pallas_tpu, reference, xla, xla_accelerator
 from kimi_jax.kernels.selection import select
 
 _AVAILABLE = {
     Implementation.XLA: xla.mla_attention,
     Implementation.XLA_ACCELERATOR: xla_accelerator.mla_attention,
+    Implementation.PALLAS_TPU: pallas_tpu.mla_attention,
+    Implementation.PALLAS_GPU: pallas_gpu.mla_attention,
     Implementation.REFERENCE: reference.mla_attention,
 }
 _FASTEST = {
-    "tpu": Implementation.XLA_ACCELERATOR,
+    "tpu": Implementation.PALLAS_TPU,
     "gpu": Implementation.XLA_ACCELERATOR,
 }
 

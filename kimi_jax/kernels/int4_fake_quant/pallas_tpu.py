@@ -1,0 +1,175 @@
+"""The product with a weight rounded to four bits on TPUs: the rounded weight stays in VMEM.
+
+Grid, blocks and invariant: `kernels.stationary`; each weight is rounded once. Bytes: those of a
+product with the weight as it is. Rounding takes 43 vector instructions for each 32 x 128 weights,
+which on v6e is as long as the matrix unit takes for 700 rows of x.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kimi_jax.core.platform import target_chip
+from kimi_jax.kernels import stationary
+from kimi_jax.kernels.int4_fake_quant import cases
+from kimi_jax.kernels.int4_fake_quant.cases import Case
+from kimi_jax.kernels.products import dot
+from kimi_jax.kernels.stationary import LANES, Shape, Tiles, up_to_multiple
+from kimi_jax.kernels.tunable import Tunable
+from kimi_jax.quantization.int4 import GROUP_SIZE, LARGEST_CODE, SMALLEST_SCALE
+
+_BFLOAT16_ROWS = 16  # of a vector
+_INPUTS = 256  # whole vectors, and whole tiles of the transposed product
+# float32 numbers between 2^23 and 2^24 are the integers, those between 2^11 and 2^12 the multiples
+# of 2^-12. Adding and subtracting 1.5 times the lower end rounds to them, ties to even.
+_INTEGERS = 1.5 * 2.0**23
+_TIE_GRID = 1.5 * 2.0**11
+
+
+def int4_fake_quant(
+    x: Float[Array, "W K"],
+    w: Float[Array, "K N"],
+    group_size: int,
+    *,
+    tiles: Mapping[str, int] | None = None,
+    interpret: bool = False,
+) -> Float[Array, "W N"]:
+    """Computes what the package's `int4_fake_quant` describes.
+
+    Args:
+      x: activations.
+      w: weights.
+      group_size: weights along K that share a scale.
+      tiles: rows and outputs of a tile; otherwise the chip's table or a rule says.
+      interpret: runs on any platform, slowly.
+    """
+    return _int4_fake_quant(x, w, group_size, None if tiles is None else Tiles(**tiles), interpret)
+
+
+def int4_fake_quant_transposed(
+    d_y: Float[Array, "W N"],
+    w: Float[Array, "K N"],
+    group_size: int,
+    *,
+    tiles: Mapping[str, int] | None = None,
+    interpret: bool = False,
+) -> Float[Array, "W K"]:
+    """Returns d_y q^T, the gradient of x; a tile's `outputs` are rows of w."""
+    given = None if tiles is None else Tiles(**tiles)
+    return _product(d_y, w, group_size, transposed=True, tiles=given, interpret=interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _int4_fake_quant(
+    x: Array, w: Array, group_size: int, tiles: Tiles | None, interpret: bool
+) -> Array:
+    return _product(x, w, group_size, transposed=False, tiles=tiles, interpret=interpret)
+
+
+def _forward(x: Array, w: Array, group_size: int, tiles: Tiles | None, interpret: bool):
+    return _int4_fake_quant(x, w, group_size, tiles, interpret), (x, w)
+
+
+def _backward(group_size: int, tiles: Tiles | None, interpret: bool, residuals, d_y: Array):
+    del tiles  # of the forward product
+    x, w = residuals
+    d_x = _product(d_y, w, group_size, transposed=True, tiles=None, interpret=interpret)
+    return d_x, dot(x, d_y, 0, 0).astype(w.dtype)
+
+
+_int4_fake_quant.defvjp(_forward, _backward)
+
+
+def _shape(rows: int, contracted: int, outputs: int) -> Shape:
+    return Shape(rows, contracted, outputs, stored_bytes=contracted * 2)
+
+
+def _product(
+    x: Array,
+    w: Array,
+    group_size: int,
+    *,
+    transposed: bool,
+    tiles: Tiles | None,
+    interpret: bool,
+) -> Array:
+    """Pads everything to whole tiles, multiplies, and cuts the result."""
+    inputs, outputs = w.shape
+    name = "int4_fake_quant_transposed" if transposed else "int4_fake_quant"
+    sizes = {"rows": x.shape[0], "inputs": inputs, "outputs": outputs}
+    inputs = up_to_multiple(inputs, max(_INPUTS, group_size))
+    outputs = up_to_multiple(outputs, LANES)
+    contracted, results = (outputs, inputs) if transposed else (inputs, outputs)
+    if tiles is None:
+        tiles = stationary.choose(name, sizes, _shape(x.shape[0], contracted, results))
+    rows = up_to_multiple(x.shape[0], tiles.rows)
+    y = stationary.product(
+        stationary.pad(x, rows, contracted),
+        (stationary.pad(w.astype(jnp.bfloat16), inputs, outputs),),
+        functools.partial(_round, group_size=group_size, dtype=x.dtype, interpret=interpret),
+        outputs=results,
+        transposed=transposed,
+        tiles=tiles,
+        name=name,
+        interpret=interpret,
+    )
+    return y[: x.shape[0], : sizes["inputs" if transposed else "outputs"]]
+
+
+def _round(w: Array, *, group_size: int, dtype, interpret: bool) -> Array:
+    """Quantises and dequantises [rows, columns] in bfloat16, groups along the rows."""
+    groups = w.reshape(-1, group_size, w.shape[1])
+    # 1 / 7 in float32 instead of a division: no bfloat16 number is so near to seven times the
+    # middle between two others that it rounds differently.
+    scales = jnp.maximum(_largest(groups) * (1 / LARGEST_CODE), SMALLEST_SCALE)
+    scales = jax.lax.reduce_precision(scales, exponent_bits=8, mantissa_bits=7)[:, None]
+    codes = _nearest_codes(groups.astype(jnp.float32) * (1 / scales), interpret)
+    return (codes * scales).astype(dtype).reshape(w.shape)
+
+
+def _largest(groups: Array) -> Array:
+    """Returns max |w| of each group, in float32."""
+    if not stationary.computes_in_bfloat16(target_chip()) or groups.shape[1] % _BFLOAT16_ROWS:
+        return jnp.max(jnp.abs(groups.astype(jnp.float32)), axis=1)
+    count, size, columns = groups.shape
+    vectors = jnp.abs(groups.reshape(count, size // _BFLOAT16_ROWS, _BFLOAT16_ROWS, columns))
+    largest = functools.reduce(jnp.maximum, (vectors[:, i] for i in range(vectors.shape[1])))
+    return jnp.max(largest.astype(jnp.float32), axis=1)
+
+
+def _nearest_codes(quotients: Array, interpret: bool) -> Array:
+    """Rounds to integers as `int4.nearest_codes` does, whatever the reciprocal's last bits are.
+
+    Codes beyond 7 cannot come up. XLA, which interprets, would cancel the additions.
+    """
+    if interpret:
+        return jnp.round(jnp.round(quotients * 2.0**12) * 2.0**-12)
+    return ((quotients + _TIE_GRID) + (_INTEGERS - _TIE_GRID)) - _INTEGERS
+
+
+def _tunable(transposed: bool) -> Tunable:
+    kernel = int4_fake_quant_transposed if transposed else int4_fake_quant
+
+    def operands(case: Case, key: Array) -> dict:
+        given = cases.operands(case, key)
+        x = jnp.zeros((case.rows, case.outputs), given["x"].dtype) if transposed else given["x"]
+        return given | {"x": x}
+
+    def candidates(case: Case, chip: str) -> list[dict[str, int]]:
+        ends = (case.inputs, case.outputs)
+        contracted, outputs = reversed(ends) if transposed else ends
+        return stationary.candidates(_shape(case.rows, contracted, outputs), chip)
+
+    return Tunable(
+        shape=lambda case: {"rows": case.rows, "inputs": case.inputs, "outputs": case.outputs},
+        operands=operands,
+        candidates=candidates,
+        branch_shares=lambda case, tiles: stationary.branch_shares(case.rows, Tiles(**tiles)),
+        run=lambda operands, tiles: kernel(operands["x"], operands["w"], GROUP_SIZE, tiles=tiles),
+    )
+
+
+TUNABLE = {"int4_fake_quant": _tunable(False), "int4_fake_quant_transposed": _tunable(True)}

@@ -1,0 +1,216 @@
+"""A matrix product on a TPU whose weight is made, tile by tile, from what is stored.
+
+Grid: (tiles of outputs, tiles of rows), rows inside. Blocks: a tile of rows with the whole
+contracted dimension, and what is stored of one tile of the weight, whole along that dimension too.
+Bytes: the stored weight once; the rows once for each tile of outputs, or once at all if they are
+one tile; the result once. Invariant: each tile of the weight is made once, for the first tile of
+rows, and waits in VMEM for the others. Making it and multiplying the first tile of rows stand in
+one branch, where the compiler overlaps vector and matrix units.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from kimi_jax.core.platform import target_chip
+from kimi_jax.kernels import tile_table
+
+LANES = 128
+_ROWS_OF_A_VECTOR = 16  # of bfloat16
+_MIB = 2**20
+# VMEM of a chip less what the compiler keeps, and of a chip that is not tabulated.
+_VMEM_BYTES = {"v5e": 110 * _MIB, "v5p": 60 * _MIB, "v6e": 110 * _MIB, "tpu7x": 60 * _MIB}
+_LEAST_VMEM_BYTES = 60 * _MIB
+# Vector units of v5e and v5p compute in float32 only: bfloat16 costs conversions there. Later ones
+# take twice as many bfloat16 values per instruction.
+_BFLOAT16_VECTORS = ("v6e", "tpu7x")
+_ROWS = (256, 512, 1024)
+_OUTPUTS = (256, 512, 1024, 1792)
+
+
+class Tiles(NamedTuple):
+    """Sizes of tiles: rows of x, and outputs."""
+
+    rows: int
+    outputs: int
+
+
+class Shape(NamedTuple):
+    """Sizes of a product after padding, and bytes that one output's stored weight takes."""
+
+    rows: int
+    contracted: int
+    outputs: int
+    stored_bytes: int
+
+
+def computes_in_bfloat16(chip: str | None) -> bool:
+    """Whether element-wise work on bfloat16 values is cheaper than on float32 ones."""
+    return chip in _BFLOAT16_VECTORS
+
+
+def up_to_multiple(size: int, multiple: int) -> int:
+    """Returns the next multiple."""
+    return size + -size % multiple
+
+
+def pad(a: Array, rows: int, columns: int, value: int = 0) -> Array:
+    """Fills a matrix up to [rows, columns]."""
+    missing = [(0, rows - a.shape[0]), (0, columns - a.shape[1])]
+    return a if a.shape == (rows, columns) else jnp.pad(a, missing, constant_values=value)
+
+
+def candidates(shape: Shape, chip: str | None) -> list[dict[str, int]]:
+    """Returns the sizes of tiles that fit the chip's memory, as keywords of `Tiles`."""
+    one_tile = up_to_multiple(shape.rows, _ROWS_OF_A_VECTOR)
+    rows = sorted({min(size, one_tile) for size in _ROWS})
+    outputs = [size for size in (LANES, *_OUTPUTS) if shape.outputs % size == 0]
+    wide = [size for size in outputs if size > LANES] or outputs
+    sizes = [Tiles(r, o) for r in rows for o in wide]
+    return [tiles._asdict() for tiles in sizes if _vmem(shape, tiles) <= vmem_bytes(chip)]
+
+
+def by_rule(shape: Shape, chip: str | None) -> Tiles:
+    """Returns tiles where none are tabulated: many rows first, then no more than 512 outputs."""
+    fitting = [Tiles(**tiles) for tiles in candidates(shape, chip)]
+    if not fitting:
+        return Tiles(_ROWS_OF_A_VECTOR, LANES)
+    return max(fitting, key=lambda tiles: (min(tiles.outputs, 512) * tiles.rows, -tiles.outputs))
+
+
+def choose(name: str, sizes: dict[str, int], shape: Shape) -> Tiles:
+    """Returns the tabulated tiles of a kernel, unless they are made for quite other rows."""
+    found = tile_table.tiles(name, **sizes)
+    one_tile = up_to_multiple(shape.rows, _ROWS_OF_A_VECTOR)
+    if found is None or found["rows"] < min(_ROWS[0], one_tile):
+        return by_rule(shape, target_chip())
+    return Tiles(min(found["rows"], one_tile), found["outputs"])
+
+
+def vmem_bytes(chip: str | None) -> int:
+    """Returns the VMEM that a kernel may use."""
+    return _VMEM_BYTES.get(chip or "", _LEAST_VMEM_BYTES)
+
+
+def _vmem(shape: Shape, tiles: Tiles) -> int:
+    """Bytes of blocks, two of each that is streamed, of the made weight and of the sums."""
+    streamed = 2 * (tiles.rows * shape.contracted + tiles.rows * tiles.outputs)
+    stored = shape.stored_bytes * tiles.outputs
+    made = 2 * shape.contracted * tiles.outputs
+    return 2 * (streamed + stored) + made + 8 * tiles.rows * tiles.outputs
+
+
+def row_steps(rows: int, tiles: Tiles) -> int:
+    """Returns the number of tiles of rows."""
+    return -(-rows // tiles.rows)
+
+
+def branch_shares(rows: int, tiles: Tiles) -> tuple[float, ...]:
+    """Returns which share of the grid's steps takes each branch, in the order of the program."""
+    steps = row_steps(rows, tiles)
+    return () if steps == 1 else (1 / steps, 1 - 1 / steps)
+
+
+def product(
+    x: Array,
+    stored: Sequence[Array],
+    make: Callable[..., Array],
+    *,
+    outputs: int,
+    transposed: bool,
+    tiles: Tiles,
+    name: str,
+    interpret: bool,
+) -> Array:
+    """Multiplies x [W, C] with the weight that `make` makes, [C, N], or [N, C] if transposed.
+
+    Args:
+      x: rows; their number is a multiple of the tile's.
+      stored: what the weight is made from: matrices, each with as many columns as the weight and a
+        whole fraction of its rows.
+      make: from one tile of each stored matrix to the tile of the weight, in x's dtype.
+      outputs: N, a multiple of the tile's.
+      transposed: whether x meets the weight's columns rather than its rows.
+      tiles: sizes of tiles.
+      name: of the kernel, in profiles and dumps.
+      interpret: runs on any platform, slowly.
+
+    Returns:
+      [W, N] in x's dtype; sums are float32.
+    """
+    rows, contracted = x.shape
+    grid = (outputs // tiles.outputs, rows // tiles.rows)
+    shape = (tiles.outputs, contracted) if transposed else (contracted, tiles.outputs)
+    weight_rows = outputs if transposed else contracted
+    blocks = [_stored_block(a, shape, weight_rows, transposed) for a in stored]
+    reads = 1 if grid[1] == 1 else grid[0]
+    moved = reads * x.nbytes + sum(a.nbytes for a in stored) + rows * outputs * x.dtype.itemsize
+
+    waits = grid[1] > 1
+
+    def kernel(x_ref, *refs):
+        stored_refs, rest = refs[: len(stored)], refs[len(stored) :]
+        run = _make_once if waits else _make_and_multiply
+        run(x_ref, stored_refs, *rest, make=make, transposed=transposed)
+
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[pl.BlockSpec((tiles.rows, contracted), lambda n, m: (m, 0)), *blocks],
+        out_specs=pl.BlockSpec((tiles.rows, tiles.outputs), lambda n, m: (m, n)),
+        out_shape=jax.ShapeDtypeStruct((rows, outputs), x.dtype),
+        scratch_shapes=[pltpu.VMEM(shape, x.dtype)] if waits else [],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_bytes(target_chip()),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * contracted * outputs, bytes_accessed=moved, transcendentals=0
+        ),
+        name=name,
+        interpret=interpret,
+    )(x, *stored)
+
+
+def _stored_block(
+    a: Array, shape: tuple[int, int], weight_rows: int, transposed: bool
+) -> pl.BlockSpec:
+    """Cuts a stored matrix along the outputs; its rows stand for several of the weight each."""
+    block = (shape[0] * a.shape[0] // weight_rows, shape[1])
+    return pl.BlockSpec(block, (lambda n, m: (n, 0)) if transposed else (lambda n, m: (0, n)))
+
+
+def _make_and_multiply(x_ref, stored_refs, y_ref, *, make, transposed) -> None:
+    """Makes the tile of the weight for the only tile of rows, without storing it."""
+    weight = make(*(ref[...] for ref in stored_refs))
+    y_ref[...] = _multiply(x_ref[...], weight, transposed)
+
+
+def _make_once(x_ref, stored_refs, y_ref, weight_ref, *, make, transposed) -> None:
+    """Makes the tile of the weight for the first tile of rows; multiplies each tile of rows."""
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        weight_ref[...] = make(*(ref[...] for ref in stored_refs))
+        y_ref[...] = _multiply(x_ref[...], weight_ref[...], transposed)
+
+    @pl.when(pl.program_id(1) > 0)
+    def _():
+        y_ref[...] = _multiply(x_ref[...], weight_ref[...], transposed)
+
+
+def _multiply(x: Array, weight: Array, transposed: bool) -> Array:
+    exact = x.dtype == jnp.float32
+    y = jax.lax.dot_general(
+        x,
+        weight,
+        (((1,), (1 if transposed else 0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype)

@@ -1,0 +1,254 @@
+"""Finds the sizes of tiles with which kernels are fastest, and keeps them in the package.
+
+    python tools/tune_kernels.py --chip=v6e --kernels=int4_matmul
+
+For a TPU, which need not be there (extra `aot`), every choice of tiles is compiled and ranked by
+the compiler's final schedule: max(bundles / clock, operations / peak, bytes / bandwidth). Such a
+prediction ranks; it is no measurement. For a GPU, which must be there, every choice is timed. The
+best of each case goes into kimi_jax/kernels/tile_tables/<chip>.json, beside what that holds.
+"""
+
+import importlib
+import json
+import os
+import pathlib
+import pkgutil
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from absl import app, flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import kimi_jax.kernels
+from kimi_jax.analysis import costs, schedules
+from kimi_jax.kernels import stationary
+from kimi_jax.kernels.int4_fake_quant import cases as int4_fake_quant_cases
+from kimi_jax.kernels.int4_fake_quant import pallas_tpu as int4_fake_quant
+from kimi_jax.kernels.tunable import Tunable
+from kimi_jax.parallel import topologies
+
+_CHIP = flags.DEFINE_enum("chip", None, [*schedules.CLOCKS, "h100", "h200"], "what to tune for")
+_KERNELS = flags.DEFINE_string("kernels", ".*", "kernels whose whole name matches, all otherwise")
+_CASES = flags.DEFINE_string("cases", ".*", "cases whose whole name matches, all otherwise")
+_TILES = flags.DEFINE_string("tiles", ".*", "choices that match, as the table prints them")
+_SHOWN = flags.DEFINE_integer("shown", 3, "choices shown for each case", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "table to write; the package's otherwise")
+_WRITE = flags.DEFINE_bool("write", True, "whether to write the table")
+flags.mark_flag_as_required("chip")
+
+_TABLES = pathlib.Path(kimi_jax.kernels.__path__[0]) / "tile_tables"
+_ARRANGEMENTS = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
+_PLAIN = "bfloat16_matmul"  # tried only if named, and never written
+_TIMED_CALLS = 20
+_MICRO = 1e6
+
+
+class Job(NamedTuple):
+    """One choice of tiles for one case of one kernel."""
+
+    kernel: str
+    tunable: Tunable
+    name: str
+    case: Any
+    tiles: dict[str, int]
+
+
+class Result(NamedTuple):
+    """What became of a job: seconds, or why there are none."""
+
+    job: Job
+    seconds: float | None
+    remark: str
+    bundles: float = 0.0  # decide between choices that memory limits alike
+
+
+def main(argv: list[str]) -> None:
+    """Tries all, prints, writes."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    chip = _CHIP.value
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        run = _timer() if chip in topologies.GPU_KINDS else _predictor(chip, pathlib.Path(folder))
+        jobs = list(_jobs(chip))
+        results = _run_all(jobs, run, console)
+    _print(results, chip, console)
+    if _WRITE.value:
+        file = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else _TABLES / f"{chip}.json"
+        _write(results, file, "timed" if chip in topologies.GPU_KINDS else "schedule")
+        console.print(f"written: {file}")
+
+
+def _jobs(chip: str) -> Iterator[Job]:
+    """Yields every choice of every case that was asked for."""
+    module_name = "pallas_gpu" if chip in topologies.GPU_KINDS else "pallas_tpu"
+    if _KERNELS.value == _PLAIN:
+        yield from _jobs_of(_PLAIN, _plain_product(), int4_fake_quant_cases.KIMI_K2, chip)
+    for package in pkgutil.iter_modules(kimi_jax.kernels.__path__):
+        folder = pathlib.Path(kimi_jax.kernels.__path__[0]) / package.name
+        if not (folder / f"{module_name}.py").is_file():
+            continue
+        module = importlib.import_module(f"kimi_jax.kernels.{package.name}.{module_name}")
+        cases = importlib.import_module(f"kimi_jax.kernels.{package.name}.cases").KIMI_K2
+        for kernel, tunable in getattr(module, "TUNABLE", {}).items():
+            if re.fullmatch(_KERNELS.value, kernel):
+                yield from _jobs_of(kernel, tunable, cases, chip)
+
+
+def _plain_product() -> Tunable:
+    """A product with the weight as it is, tiled like the INT4 ones: what they are compared with."""
+
+    def run(operands: dict[str, Any], tiles: Mapping[str, int]) -> Any:
+        x, w = operands["x"], operands["w"]
+        return stationary.product(
+            x,
+            (w,),
+            lambda weight: weight,
+            outputs=w.shape[1],
+            transposed=False,
+            tiles=stationary.Tiles(**tiles),
+            name=_PLAIN,
+            interpret=False,
+        )
+
+    return int4_fake_quant.TUNABLE["int4_fake_quant"]._replace(run=run)
+
+
+def _jobs_of(kernel: str, tunable: Tunable, cases: dict, chip: str) -> Iterator[Job]:
+    for name, case in cases.items():
+        if re.fullmatch(_CASES.value, name):
+            for tiles in tunable.candidates(case, chip):
+                if re.fullmatch(_TILES.value, _shown(tiles)):
+                    yield Job(kernel, tunable, name, case, dict(tiles))
+
+
+def _run_all(jobs: list[Job], run: Callable[[Job], Result], console: Console) -> list[Result]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    results = []
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("tuning", total=len(jobs))
+        for job in jobs:
+            progress.update(task, description=f"{job.kernel} {job.name} {_shown(job.tiles)}")
+            results.append(run(job))
+            progress.advance(task)
+    return results
+
+
+def _predictor(chip: str, folder: pathlib.Path) -> Callable[[Job], Result]:
+    """Returns what compiles a job for an absent TPU and reads its schedule."""
+    os.environ["LIBTPU_INIT_ARGS"] = schedules.dump_options(str(folder))
+    topologies.prepare_environment()
+    import jax
+
+    device = topologies.absent_devices(f"{chip}:{_ARRANGEMENTS[chip]}")[0]
+
+    def predict(job: Job) -> Result:
+        schedules.clear(folder)
+        operands = jax.eval_shape(lambda: job.tunable.operands(job.case, jax.random.key(0)))
+        try:
+            compiled = topologies.compile_for(
+                device, lambda operands: job.tunable.run(operands, job.tiles), operands
+            )
+        except jax.errors.JaxRuntimeError as error:
+            return Result(job, None, _reason(error))
+        shares = job.tunable.branch_shares(job.case, job.tiles)
+        found = schedules.read_folder(folder).values()
+        executed = sum(schedules.bundles(schedule, shares) for schedule in found)
+        counted = compiled.cost_analysis()
+        predicted = schedules.predict(
+            executed,
+            schedules.CLOCKS[chip],
+            costs.CHIPS[chip],
+            flops=counted["flops"],
+            moved_bytes=counted["bytes accessed"],
+        )
+        remark = f"{predicted.limit}; {executed:,.0f} bundles a core"
+        return Result(job, predicted.seconds, remark, executed)
+
+    return predict
+
+
+def _timer() -> Callable[[Job], Result]:
+    """Returns what runs a job on the device that is there."""
+    import jax
+
+    def run(job: Job) -> Result:
+        operands = jax.jit(lambda: job.tunable.operands(job.case, jax.random.key(0)))()
+        call = jax.jit(lambda operands: job.tunable.run(operands, job.tiles))
+        try:
+            jax.block_until_ready(call(operands))
+        except jax.errors.JaxRuntimeError as error:
+            return Result(job, None, _reason(error))
+        start = time.perf_counter()
+        for _ in range(_TIMED_CALLS):
+            result = call(operands)
+        jax.block_until_ready(result)
+        return Result(job, (time.perf_counter() - start) / _TIMED_CALLS, "timed")
+
+    return run
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:60]
+
+
+def _shown(tiles: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={size}" for name, size in tiles.items())
+
+
+def _by_case(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Groups results by kernel and case, the fastest first and the failures last."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.job.kernel, result.job.name), []).append(result)
+    for group in groups.values():
+        group.sort(key=lambda r: (float("inf") if r.seconds is None else r.seconds, r.bundles))
+    return groups
+
+
+def _print(results: list[Result], chip: str, console: Console) -> None:
+    timed = chip in topologies.GPU_KINDS
+    note = "timed" if timed else "predicted from the schedule: a ranking, not a measurement"
+    table = Table(title=f"{chip}, {note}")
+    for heading in ("kernel", "case", "tiles", "microseconds", "limited by"):
+        table.add_column(heading, justify="right" if heading == "microseconds" else "left")
+    for (kernel, name), group in _by_case(results).items():
+        for result in group[: _SHOWN.value]:
+            value = "-" if result.seconds is None else f"{result.seconds * _MICRO:.1f}"
+            table.add_row(kernel, name, _shown(result.job.tiles), value, result.remark)
+    console.print(table)
+
+
+def _write(results: list[Result], file: pathlib.Path, how: str) -> None:
+    """Puts the best of each case into the table, in place of what stood there for its shape."""
+    old = json.loads(file.read_text()) if file.is_file() else []
+    entries = {(e["kernel"], *sorted(e["shape"].items())): e for e in old}
+    for group in _by_case(results).values():
+        best = group[0]
+        if best.seconds is None or best.job.kernel == _PLAIN:
+            continue
+        shape = best.job.tunable.shape(best.job.case)
+        entries[(best.job.kernel, *sorted(shape.items()))] = {
+            "kernel": best.job.kernel,
+            "shape": shape,
+            "tiles": best.job.tiles,
+            "microseconds": round(best.seconds * _MICRO, 1),
+            "how": how,
+        }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"  {json.dumps(entries[key])}" for key in sorted(entries, key=str))
+    file.write_text(f"[\n{lines}\n]\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
