@@ -1,6 +1,7 @@
 """Quantisation-aware training against rounding afterwards."""
 
 import argparse
+import dataclasses
 import itertools
 import pathlib
 from typing import Any
@@ -13,6 +14,7 @@ from kimi_jax.analysis import compare
 from kimi_jax.analysis.run_log import RunLog
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.configs.optimizer import OptimizerName
+from kimi_jax.configs.quantization import QuantizationConfig
 
 _ROUNDED = "eval/rounded_loss"
 
@@ -32,8 +34,9 @@ def compare_int4(
         qat = vary(
             base, optimizer=OptimizerName.MUON_CLIP, peak=base.optimizer.schedule.peak, seed=seed
         )
+        plain = dataclasses.replace(qat, quantization=QuantizationConfig())
         logs = {
-            "bfloat16": sweep.run(f"plain-seed{seed}", qat.at_step(0), rounded=qat.quantization),
+            "bfloat16": sweep.run(f"plain-seed{seed}", plain, rounded=qat.quantization),
             "QAT": sweep.run(f"qat-seed{seed}", qat),
         }
         rows.append({"seed": seed} | describe(*logs.values()))

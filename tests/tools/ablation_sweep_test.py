@@ -75,7 +75,7 @@ class SweepTest(absltest.TestCase):
 
 class WithStepsTest(absltest.TestCase):
     def test_the_start_of_rounding_keeps_its_share(self):
-        rounded = QuantizationConfig(start_step=2)
+        rounded = QuantizationConfig(format=WeightFormat.INT4, start_step=2)
         config = dataclasses.replace(tiny.experiment(), quantization=rounded)
         self.assertEqual(ablation_sweep.with_steps(config, 8).quantization.start_step, 4)
 
