@@ -5,6 +5,7 @@ import functools
 import math
 import pathlib
 import time
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -14,10 +15,11 @@ import optax
 from kimi_jax.analysis.run_log import RunLog, read_run
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.configs.optimizer import OptimizerConfig, OptimizerName, ScheduleConfig
+from kimi_jax.configs.quantization import QuantizationConfig
 from kimi_jax.data.batches import Batch
 from kimi_jax.data.corpus import open_corpus
-from kimi_jax.data.device_feed import DeviceFeed
-from kimi_jax.data.pipeline import held_out_batches, train_batches
+from kimi_jax.data.device_feed import open_feed
+from kimi_jax.data.pipeline import held_out_batches
 from kimi_jax.evaluation.perplexity import HeldOutEvaluation
 from kimi_jax.model import transformer
 from kimi_jax.optimizers.schedules import learning_rate_schedule
@@ -48,14 +50,22 @@ class Sweep:
         self._mesh = meshes.make_mesh(base.parallel, base.model.num_routed_experts)
         self._plan = transformer.specs(base.model)
         self._evaluate = HeldOutEvaluation(held_out, self._mesh)
-        self._step_of: dict[OptimizerConfig, Any] = {}
+        self._step_of: dict[tuple[OptimizerConfig, QuantizationConfig], Any] = {}
         self._steps_done, self._seconds = 0, 0.0
         self._seen: set[str] = set()
         self.steps_planned = 0
         print(f"measured on {held_out.num_tokens:,} held-out tokens", flush=True)
 
-    def run(self, name: str, config: ExperimentConfig) -> RunLog:
-        """Returns the log of a run, which is trained first where that has not been done."""
+    def run(
+        self, name: str, config: ExperimentConfig, *, rounded: QuantizationConfig | None = None
+    ) -> RunLog:
+        """Returns the log of a run, which is trained first where that has not been done.
+
+        Args:
+          name: of its folder.
+          config: the run.
+          rounded: how to round its last weights for one more measurement, eval/rounded_loss.
+        """
         folder = workdir.claim(self._folder / name, config, resume=True)
         if name not in self._seen:
             self._seen.add(name)
@@ -64,7 +74,7 @@ class Sweep:
             return read_run(folder)
         started = time.monotonic()
         with jax.set_mesh(self._mesh):
-            self._train(config, folder)
+            self._train(config, folder, rounded)
         log = read_run(folder)
         seconds = time.monotonic() - started
         self._steps_done += config.training.num_steps
@@ -76,24 +86,30 @@ class Sweep:
         )
         return log
 
-    def _train(self, config: ExperimentConfig, folder: pathlib.Path) -> None:
+    def _train(
+        self, config: ExperimentConfig, folder: pathlib.Path, rounded: QuantizationConfig | None
+    ) -> None:
         """Trains without checkpoints; a loss that is not finite ends the run early."""
         training, schedule = config.training, config.optimizer.schedule
         rate_at = learning_rate_schedule(schedule, training.num_steps)
         rates = np.asarray(rate_at(np.arange(training.num_steps)))
         state = initial_state(config, self._plan, make_optimizer(config, self._plan))
-        batches = train_batches(self._corpus, config.data, training.batch_sequences)
-        feed = DeviceFeed(batches, jax.NamedSharding(self._mesh, TOKENS))
-        train_at_rate = self._compiled_step(config)
-        with MetricLog(folder, layers_every=1) as log:
+        layout = jax.NamedSharding(self._mesh, TOKENS)
+        feed = open_feed(self._corpus, config.data, training.batch_sequences, layout)
+        with closing(feed), MetricLog(folder, layers_every=1) as log:
             for step, rate in enumerate(rates):
+                train_at_rate = self._compiled_step(config.at_step(step))
                 state, metrics = train_at_rate(state, next(feed), rate)
                 log.write(step, metrics | {"optimizer/learning_rate": rate})
                 if (step + 1) % training.eval_every == 0 or step + 1 == training.num_steps:
                     log.write(step, self._evaluate(state.params, config.at_step(step)))
                 if not math.isfinite(log.latest.get("loss/train", 0.0)):
                     break
-        batches.close()
+            if rounded is not None:
+                measured = self._evaluate(
+                    state.params, dataclasses.replace(config, quantization=rounded)
+                )
+                log.write(step, {"eval/rounded_loss": measured["eval/loss"]})
 
     def _compiled_step(self, config: ExperimentConfig) -> Any:
         """Returns `(state, batch, rate) -> (state, metrics)`.
@@ -102,11 +118,12 @@ class Sweep:
         program: compiling one takes as long as running it.
         """
         unit = dataclasses.replace(config.optimizer, schedule=ScheduleConfig(peak=1.0))
-        if unit not in self._step_of:
+        key = (unit, config.quantization)
+        if key not in self._step_of:
             config = dataclasses.replace(config, optimizer=unit)
             step = functools.partial(step_at_rate, config=config, plan=self._plan)
-            self._step_of[unit] = jax.jit(step, donate_argnums=0)
-        return self._step_of[unit]
+            self._step_of[key] = jax.jit(step, donate_argnums=0)
+        return self._step_of[key]
 
 
 def step_at_rate(state: TrainState, batch: Batch, rate: Any, *, config: Any, plan: Any) -> Any:
@@ -151,7 +168,7 @@ def vary(
 
 
 def with_steps(config: ExperimentConfig, num_steps: int) -> ExperimentConfig:
-    """Returns a longer or shorter run; the phases of its schedule keep their shares."""
+    """Returns a longer or shorter run; its phases keep their shares."""
     stretch = num_steps / config.training.num_steps
     schedule = config.optimizer.schedule
     schedule = dataclasses.replace(
@@ -164,6 +181,9 @@ def with_steps(config: ExperimentConfig, num_steps: int) -> ExperimentConfig:
         optimizer=dataclasses.replace(config.optimizer, schedule=schedule),
         training=dataclasses.replace(
             config.training, num_steps=num_steps, eval_every=max(1, num_steps // _EVALUATIONS)
+        ),
+        quantization=dataclasses.replace(
+            config.quantization, start_step=round(config.quantization.start_step * stretch)
         ),
     )
 

@@ -5,7 +5,8 @@
 
 Each case runs in a process of its own, with a cold compilation cache, so that the time to the first
 step is that of a user's command and the peak memory is the case's own. The matrix product peak is
-measured in the same process; the share of peak is a ratio of two figures of one run.
+measured in the same process; the share of peak is a ratio of two figures of one run. So is that of
+a step with INT4 experts to one without, which are taken in turn.
 """
 
 import argparse
@@ -30,11 +31,14 @@ class Case:
     dtype: str
     optimizer: str
     devices: int
+    int4: str | None = None  # when routed experts are rounded; None where they are not
 
     @property
     def name(self) -> str:
         """What `--only` searches."""
-        return f"{self.dtype} {self.optimizer} {self.devices} device{'s' * (self.devices > 1)}"
+        devices = f"{self.devices} device{'s' * (self.devices > 1)}"
+        int4 = f" int4 once a {self.int4}" if self.int4 else ""
+        return f"{self.dtype} {self.optimizer} {devices}{int4}"
 
 
 CASES = [
@@ -42,6 +46,9 @@ CASES = [
     for dtype, devices, optimizer in itertools.product(
         ("float32", "bfloat16"), (1, 8), ("adamw", "muon_clip")
     )
+] + [
+    Case(dtype=dtype, optimizer="adamw", devices=1, int4=int4)
+    for dtype, int4 in itertools.product(("float32", "bfloat16"), ("step", "use"))
 ]
 
 
@@ -82,10 +89,44 @@ def comparison_config(case: Case):
         training=TrainingConfig(num_steps=1000, batch_sequences=SEQUENCES),
         compute=ComputeConfig(dtype=ComputeDtype(case.dtype)),
         parallel=ParallelConfig(data=data, expert=expert, simulated_devices=case.devices),
+        quantization=quantization_config(case),
     )
 
 
-def run_case(case: Case, started: float) -> dict[str, float]:
+def quantization_config(case: Case):
+    """INT4 experts, where the case has them."""
+    from kimi_jax.configs.quantization import QuantizationConfig, Quantize, WeightFormat
+
+    if case.int4 is None:
+        return QuantizationConfig()
+    return QuantizationConfig(format=WeightFormat.INT4, quantize=Quantize(case.int4))
+
+
+class Runner:
+    """A run that is timed step by step."""
+
+    def __init__(self, config, mesh):
+        """Compiles, beside the drawing of the weights."""
+        from kimi_jax.model import transformer
+        from kimi_jax.training.state import initial_state
+        from kimi_jax.training.step import compile_train_step, make_optimizer
+
+        plan = transformer.specs(config.model)
+        self._step = compile_train_step(config, plan, mesh)
+        self._state = initial_state(config, plan, make_optimizer(config, plan))
+        self._batch = random_batch(mesh)
+
+    def seconds(self) -> float:
+        """Takes a step."""
+        import jax
+
+        begin = time.perf_counter()
+        self._state, metrics = self._step(self._state, self._batch)
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - begin
+
+
+def run_case(case: Case, started: float) -> dict[str, float | None]:
     """Runs one case in this process.
 
     Args:
@@ -95,30 +136,21 @@ def run_case(case: Case, started: float) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from kimi_jax.model import accounting, transformer
+    from kimi_jax.model import accounting
     from kimi_jax.parallel import mesh as meshes
     from kimi_jax.training.device_peak import measure_matmul_peak, peak_memory_bytes
-    from kimi_jax.training.state import initial_state
-    from kimi_jax.training.step import compile_train_step, make_optimizer
 
     config = comparison_config(case)
     meshes.simulate_devices(case.devices)
     mesh = meshes.make_mesh(config.parallel, config.model.num_routed_experts)
     with jax.set_mesh(mesh):
-        plan = transformer.specs(config.model)
-        step = compile_train_step(config, plan, mesh)
-        state = initial_state(config, plan, make_optimizer(config, plan))
-        batch = random_batch(mesh)
-        seconds = []
-        for index in range(1 + WARM_STEPS + TIMED_STEPS):
-            begin = time.perf_counter()
-            state, metrics = step(state, batch)
-            jax.block_until_ready(metrics)
-            if index == 0:
-                first = time.time() - started
-            seconds.append(time.perf_counter() - begin)
-    median = float(np.median(seconds[1 + WARM_STEPS :]))
-    memory = peak_memory_bytes()
+        runner = Runner(config, mesh)
+        runner.seconds()
+        first = time.time() - started
+        seconds = [runner.seconds() for _ in range(WARM_STEPS + TIMED_STEPS)]
+        memory = peak_memory_bytes()
+        over_plain = time_over_plain(runner, case, mesh) if case.int4 else None
+    median = float(np.median(seconds[WARM_STEPS:]))
     flops = accounting.train_flops_per_step(config.model, SEQUENCES, LENGTH)
     peak = measure_matmul_peak("float32")
     return {
@@ -128,7 +160,17 @@ def run_case(case: Case, started: float) -> dict[str, float]:
         "float32_peak_gflops": peak / 1e9,
         "share_of_float32_peak": flops / median / peak,
         "peak_memory_gib": memory / 2**30,
+        "over_plain": over_plain,
     }
+
+
+def time_over_plain(runner: Runner, case: Case, mesh) -> float:
+    """Returns the median ratio of a step's time to that of the same run without INT4."""
+    import numpy as np
+
+    plain = Runner(comparison_config(dataclasses.replace(case, int4=None)), mesh)
+    ratios = [runner.seconds() / plain.seconds() for _ in range(WARM_STEPS + 2 * TIMED_STEPS)]
+    return float(np.median(ratios[WARM_STEPS:]))
 
 
 def random_batch(mesh):
@@ -154,7 +196,7 @@ def random_batch(mesh):
     return put_batch(batch, jax.NamedSharding(mesh, TOKENS))
 
 
-def print_table(rows: dict[str, dict[str, float]]) -> None:
+def print_table(rows: dict[str, dict[str, float | None]]) -> None:
     """Prints what was measured, and the ratios that have a bound."""
     table = Table(title="training step at the comparison shape")
     for heading in (
@@ -189,6 +231,9 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
             if all(pair):
                 ratio = pair[0]["step_seconds"] / pair[1]["step_seconds"]
                 console.print(f"{dtype:9} {text}: {ratio:.2f}")
+    for name, row in rows.items():
+        if row["over_plain"] is not None:
+            console.print(f"{name} / without: {row['over_plain']:.2f}")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
     python tools/run_ablation.py optimizers    MuonClip against AdamW
     python tools/run_ablation.py stability     QK-clip against none, at a high learning rate
+    python tools/run_ablation.py int4          INT4 experts: trained so, or rounded afterwards
 
 The runs are those of experiments/configs/ablations, varied. --tokens is the budget of one run;
 schedules stretch with it. Every run has its own folder under --out, and finished ones are not
@@ -20,9 +21,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from ablation_int4 import compare_int4, int4_table
 from ablation_sweep import Sweep, final_loss, vary, with_steps
+from ablation_table import row, rule
 
-from experiments.configs.ablations import optimizers, stability
+from experiments.configs.ablations import int4, optimizers, stability
 from kimi_jax.analysis import compare
 from kimi_jax.analysis.run_log import RunLog
 from kimi_jax.configs.experiment import ExperimentConfig
@@ -219,18 +222,18 @@ def optimizers_table(results: dict) -> str:
     """Writes the sweep and the comparison as Markdown."""
     lines = [f"{results['tokens']:,} tokens at full budget; held-out loss in nats per token.", ""]
     rates = sorted({rate for losses in results["by_rate"].values() for rate in losses})
-    lines += _row("learning rate", *(f"{rate:g}" for rate in rates)) + _rule(len(rates) + 1)
+    lines += row("learning rate", *(f"{rate:g}" for rate in rates)) + rule(len(rates) + 1)
     for name, losses in results["by_rate"].items():
-        lines += _row(name, *(f"{losses[r]:.4f}" if r in losses else "" for r in rates))
+        lines += row(name, *(f"{losses[r]:.4f}" if r in losses else "" for r in rates))
     shares = list(results["seeds"][0]["muon_clip"])
     headings = [f"MuonClip {share:.0%}" for share in shares]
-    lines += ["", *_row("seed", "AdamW 100%", *headings, "share needed"), *_rule(len(shares) + 3)]
-    for row in results["seeds"]:
-        losses = [f"{loss:.4f}" for loss in row["muon_clip"].values()]
-        needed = row["share_needed"]
-        bound = "at most " if needed == min(row["muon_clip"]) else ""
+    lines += ["", *row("seed", "AdamW 100%", *headings, "share needed"), *rule(len(shares) + 3)]
+    for seed in results["seeds"]:
+        losses = [f"{loss:.4f}" for loss in seed["muon_clip"].values()]
+        needed = seed["share_needed"]
+        bound = "at most " if needed == min(seed["muon_clip"]) else ""
         text = "not reached" if needed is None else f"{bound}{needed:.1%}"
-        lines += _row(row["seed"], f"{row['adamw']:.4f}", *losses, text)
+        lines += row(seed["seed"], f"{seed['adamw']:.4f}", *losses, text)
     return "\n".join(lines) + "\n"
 
 
@@ -240,18 +243,10 @@ def stability_table(results: dict) -> str:
     lines = [
         f"{results['tokens']:,} tokens, learning rate {results['peak']:g}, tau {results['tau']:g}."
     ]
-    lines += ["", *_row("seed", "run", *names), *_rule(len(names) + 2)]
-    for row in results["runs"]:
-        lines += _row(row["seed"], row["run"], *(f"{row[name]:.4g}" for name in names))
+    lines += ["", *row("seed", "run", *names), *rule(len(names) + 2)]
+    for run in results["runs"]:
+        lines += row(run["seed"], run["run"], *(f"{run[name]:.4g}" for name in names))
     return "\n".join(lines) + "\n"
-
-
-def _row(*cells: Any) -> list[str]:
-    return ["| " + " | ".join(str(cell) for cell in cells) + " |"]
-
-
-def _rule(columns: int) -> list[str]:
-    return ["|" + "---|" * columns]
 
 
 def _add_rates(parser: argparse.ArgumentParser) -> None:
@@ -271,6 +266,7 @@ def _add_rates(parser: argparse.ArgumentParser) -> None:
 
 _QUESTIONS = {
     "optimizers": (optimizers, compare_optimizers, optimizers_table),
+    "int4": (int4, compare_int4, int4_table),
     "stability": (stability, compare_stability, stability_table),
 }
 

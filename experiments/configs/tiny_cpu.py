@@ -19,21 +19,24 @@ from kimi_jax.configs.training import TrainingConfig
 _VOCAB_SIZE = 2048
 
 
+def experiment() -> ExperimentConfig:
+    """Returns the run."""
+    return ExperimentConfig(
+        model=presets.tiny(vocab_size=_VOCAB_SIZE),
+        data=DataConfig(
+            tokenizer=TokenizerConfig(kind=TokenizerKind.BPE, vocab_size=_VOCAB_SIZE),
+            sequence_length=256,
+        ),
+        optimizer=OptimizerConfig(
+            schedule=ScheduleConfig(peak=1e-2, warmup_steps=20, decay_steps=120, final=1e-3)
+        ),
+        training=TrainingConfig(
+            num_steps=220, batch_sequences=16, eval_every=55, checkpoint_every=55
+        ),
+        parallel=ParallelConfig(simulated_devices=8),
+    )
+
+
 def get_config() -> ml_collections.ConfigDict:
     """Returns the configuration; flags override options: --config.path.to.option=value."""
-    return convert.to_config_dict(
-        ExperimentConfig(
-            model=presets.tiny(vocab_size=_VOCAB_SIZE),
-            data=DataConfig(
-                tokenizer=TokenizerConfig(kind=TokenizerKind.BPE, vocab_size=_VOCAB_SIZE),
-                sequence_length=256,
-            ),
-            optimizer=OptimizerConfig(
-                schedule=ScheduleConfig(peak=1e-2, warmup_steps=20, decay_steps=120, final=1e-3)
-            ),
-            training=TrainingConfig(
-                num_steps=220, batch_sequences=16, eval_every=55, checkpoint_every=55
-            ),
-            parallel=ParallelConfig(simulated_devices=8),
-        )
-    )
+    return convert.to_config_dict(experiment())

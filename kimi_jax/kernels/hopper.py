@@ -28,8 +28,10 @@ _CAPABILITY = "9.0"
 _HOPPERS = ("h100", "h200")  # of `target_chip`
 
 
-def require(kernel_name: str, dtype: Any) -> None:
-    """Raises `NotImplementedError` unless a program is for a Hopper GPU, and in bfloat16."""
+def require(kernel_name: str, dtype: Any, interpret: bool) -> None:
+    """Raises `NotImplementedError` unless a program is interpreted, or bfloat16 on a Hopper GPU."""
+    if interpret:
+        return
     if dtype != jnp.bfloat16:
         raise NotImplementedError(
             f"{kernel_name}: 'pallas_gpu' takes bfloat16, got {dtype}; cast the operands, or "

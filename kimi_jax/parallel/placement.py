@@ -20,7 +20,7 @@ from kimi_jax.core.trees import leaf_names
 from kimi_jax.parallel import rules
 from kimi_jax.parallel.quantized import gather_quantized
 from kimi_jax.quantization.fake_quant import FakeQuantized
-from kimi_jax.quantization.int4 import Int4Weight
+from kimi_jax.quantization.formats import QUANTIZED
 
 _ROUNDED_KINDS = frozenset({MATRIX, EMBEDDING, HEAD})
 
@@ -58,7 +58,7 @@ def to_compute(stored: Any, plan: Any, dtype: Any) -> Any:
     layouts = rules.partition_specs(plan, rules.COMPUTE)
 
     def gather(spec: ParamSpec, leaf: Any, layout: PartitionSpec) -> Any:
-        if isinstance(leaf, FakeQuantized | Int4Weight):
+        if isinstance(leaf, (FakeQuantized, *QUANTIZED)):
             return gather_quantized(spec, leaf, layout, dtype)
         return jax.reshard(leaf.astype(_dtype(spec, dtype)), layout)
 
@@ -73,7 +73,7 @@ def cast(stored: Any, plan: Any, dtype: Any) -> Any:
     """
 
     def convert(spec: ParamSpec, leaf: Any) -> Any:
-        return leaf if isinstance(leaf, Int4Weight) else leaf.astype(_dtype(spec, dtype))
+        return leaf if isinstance(leaf, QUANTIZED) else leaf.astype(_dtype(spec, dtype))
 
     return map_specs(convert, plan, stored)
 

@@ -14,9 +14,9 @@ from kimi_jax.core.errors import require
 from kimi_jax.core.param_spec import ROUTED_EXPERT, ParamSpec, map_specs
 from kimi_jax.parallel import rules
 from kimi_jax.parallel.per_shard import per_shard
-from kimi_jax.quantization import int4, qat
+from kimi_jax.quantization import qat
 from kimi_jax.quantization.fake_quant import FakeQuantized, Weight, straight_through
-from kimi_jax.quantization.int4 import Int4Weight
+from kimi_jax.quantization.formats import QUANTIZED, QUANTIZERS, dequantize
 
 
 def quantize(stored: Any, plan: Any, dtype: Any, config: QuantizationConfig) -> Any:
@@ -49,19 +49,17 @@ def quantize(stored: Any, plan: Any, dtype: Any, config: QuantizationConfig) -> 
             _of_groups(spec, config.group_size), rules.STORAGE, _axis_sizes()
         )
         weight = rules.reshard(leaf.astype(dtype), layout)
-        return _quantize(spec, weight, layout, config.group_size)
+        return _quantize(spec, weight, layout, marker)
 
     return map_specs(convert, plan, stored, qat.choose(plan, config))
 
 
-def gather_quantized(
-    spec: ParamSpec, leaf: FakeQuantized | Int4Weight, layout: PartitionSpec, dtype: Any
-) -> Weight:
+def gather_quantized(spec: ParamSpec, leaf: Any, layout: PartitionSpec, dtype: Any) -> Weight:
     """Gathers codes, not weights, where there are codes already.
 
     Args:
       spec: of the weight.
-      leaf: the stored weight.
+      leaf: the stored weight, quantised or fake-quantised.
       layout: to gather it into.
       dtype: to compute in.
 
@@ -73,14 +71,12 @@ def gather_quantized(
     return weight if ROUTED_EXPERT in spec.tags else _dense(weight, layout, dtype)
 
 
-def _gather(
-    spec: ParamSpec, leaf: FakeQuantized | Int4Weight, layout: PartitionSpec, dtype: Any
-) -> FakeQuantized | Int4Weight:
-    if isinstance(leaf, Int4Weight):
+def _gather(spec: ParamSpec, leaf: Any, layout: PartitionSpec, dtype: Any) -> Any:
+    if isinstance(leaf, QUANTIZED):
         return _gather_codes(spec, leaf, layout)
     if isinstance(leaf.quantized, qat.QuantizedOnUse):
         weight = jax.reshard(leaf.carrier.astype(dtype), layout)
-        rounded = _quantize(spec, jax.lax.stop_gradient(weight), layout, leaf.quantized.group_size)
+        rounded = _quantize(spec, jax.lax.stop_gradient(weight), layout, leaf.quantized)
         return FakeQuantized(carrier=weight, quantized=rounded)
     return FakeQuantized(
         carrier=_stand_in(layout, jax.typeof(leaf.carrier).sharding.spec, dtype, leaf.carrier),
@@ -88,7 +84,7 @@ def _gather(
     )
 
 
-def _gather_codes(spec: ParamSpec, weight: Int4Weight, layout: PartitionSpec) -> Int4Weight:
+def _gather_codes(spec: ParamSpec, weight: Any, layout: PartitionSpec) -> Any:
     _check_groups(spec, layout, weight.group_size)
     return jax.tree.map(lambda part: jax.reshard(part, layout), weight)
 
@@ -112,22 +108,22 @@ def _stand_in_backward(layout, stored, dtype, like, gradient):
 _stand_in.defvjp(_stand_in_forward, _stand_in_backward)
 
 
-def _dense(weight: FakeQuantized | Int4Weight, layout: PartitionSpec, dtype: Any) -> jax.Array:
+def _dense(weight: Any, layout: PartitionSpec, dtype: Any) -> jax.Array:
     """Returns the values of a gathered weight; a carrier keeps its gradient."""
     rounded = weight.quantized if isinstance(weight, FakeQuantized) else weight
-    dequantize = functools.partial(int4.dequantize, dtype=dtype)
-    values = per_shard(dequantize, in_specs=(layout,), out_specs=layout)(rounded)
+    values_of = functools.partial(dequantize, dtype=dtype)
+    values = per_shard(values_of, in_specs=(layout,), out_specs=layout)(rounded)
     if isinstance(weight, FakeQuantized):
         return straight_through(weight.carrier, values)
     return values
 
 
 def _quantize(
-    spec: ParamSpec, weight: jax.Array, layout: PartitionSpec, group_size: int
-) -> Int4Weight:
-    _check_groups(spec, layout, group_size)
-    rounded = functools.partial(int4.quantize, group_size=group_size)
-    return per_shard(rounded, in_specs=(layout,), out_specs=Int4Weight(layout, layout))(weight)
+    spec: ParamSpec, weight: jax.Array, layout: PartitionSpec, how: qat.QuantizedOnUse
+) -> Any:
+    _check_groups(spec, layout, how.group_size)
+    quantize_share = functools.partial(QUANTIZERS[how.format].quantize, group_size=how.group_size)
+    return per_shard(quantize_share, in_specs=(layout,), out_specs=layout)(weight)
 
 
 def _of_groups(spec: ParamSpec, group_size: int) -> ParamSpec:

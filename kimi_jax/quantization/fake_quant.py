@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from kimi_jax.core.param_spec import Leaf
 from kimi_jax.quantization import int4
+from kimi_jax.quantization.formats import QUANTIZED, dequantize
 from kimi_jax.quantization.int4 import Int4Weight
 
 
@@ -16,7 +17,7 @@ class FakeQuantized:
     """A weight in training: computed with as `quantized`, moved by the gradient of `carrier`."""
 
     carrier: Leaf  # [..., K, N]; its values are never read
-    quantized: Leaf  # Int4Weight of [..., K, N]
+    quantized: Leaf  # its quantised weight
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,7 +81,7 @@ def fake_quant(
 def dense(weight: Weight, dtype: DTypeLike) -> Float[Array, "*weight"]:
     """Returns the values of a weight in any form; gradients go to an array or a carrier."""
     if isinstance(weight, FakeQuantized):
-        return straight_through(weight.carrier, int4.dequantize(weight.quantized, dtype))
-    if isinstance(weight, Int4Weight):
-        return int4.dequantize(weight, dtype)
+        return straight_through(weight.carrier, dequantize(weight.quantized, dtype))
+    if isinstance(weight, QUANTIZED):
+        return dequantize(weight, dtype)
     return weight

@@ -1,8 +1,8 @@
 """Quantisation-aware training: which weights are rounded, and how they travel with the others."""
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import struct
@@ -11,21 +11,8 @@ from kimi_jax.configs.quantization import QuantizationConfig, WeightFormat
 from kimi_jax.core.errors import require
 from kimi_jax.core.param_spec import MATRIX, ParamSpec, is_spec, map_specs, named_specs
 from kimi_jax.core.trees import leaf_names
-from kimi_jax.quantization import int4
 from kimi_jax.quantization.fake_quant import FakeQuantized
-from kimi_jax.quantization.int4 import Int4Weight
-
-
-class Quantizer(NamedTuple):
-    """A format of weights: what a further one, such as MXFP4, has to bring."""
-
-    quantize: Callable[..., Any]  # (weights [..., K, N], group_size) -> its own node of a tree
-    weight: type  # of that node: every leaf [..., a part of K, N]
-
-
-QUANTIZERS: Mapping[WeightFormat, Quantizer] = {
-    WeightFormat.INT4: Quantizer(int4.quantize, Int4Weight),
-}
+from kimi_jax.quantization.formats import QUANTIZED
 
 
 @struct.dataclass
@@ -109,7 +96,7 @@ def substitute(params: Any, quantized: Any) -> Any:
 def _put(quantized: Any, params: Any, join: Callable[[Any, Any], Any]) -> Any:
     if quantized is None:
         return params
-    nodes = (*(quantizer.weight for quantizer in QUANTIZERS.values()), QuantizedOnUse)
+    nodes = (*QUANTIZED, QuantizedOnUse)
     return jax.tree.map(
         lambda values, weight: weight if values is None else join(weight, values),
         quantized,

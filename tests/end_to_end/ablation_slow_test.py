@@ -1,4 +1,4 @@
-"""What MuonClip promises, measured again by the program that a user runs."""
+"""What MuonClip and INT4 training promise, measured again by the program that a user runs."""
 
 import json
 import pathlib
@@ -13,6 +13,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 _SHARE_NEEDED = 0.65  # of AdamW's tokens
 _SPIKE_NATS = 0.3  # smoothed losses of successive batches differ by 0.2
 _NOISE_NATS = 0.05  # between seeds
+_INT4_SHARE = 1 / 3  # of what rounding afterwards loses, lost by training with INT4
 
 
 def _measure(question: str, *options: str) -> dict:
@@ -42,6 +43,15 @@ class AblationSlowTest(absltest.TestCase):
         self.assertLess(clip["max_logit"], plain["median_logit"])
         self.assertLess(clip["spike"], _SPIKE_NATS)
         self.assertLess(clip["eval_loss"], plain["eval_loss"] + _NOISE_NATS)
+
+    def test_training_with_int4_experts_loses_a_third_of_what_rounding_afterwards_does(self):
+        results = _measure("int4")
+        self.assertLen(results["seeds"], 3)
+        for row in results["seeds"]:
+            self.assertEqual(row["steps_in_common"], results["steps_before_int4"], row)
+            self.assertGreater(row["ptq_lost"], 0.0, row)
+        mean = results["mean"]
+        self.assertLessEqual(mean["qat_lost"], _INT4_SHARE * mean["ptq_lost"], results)
 
 
 if __name__ == "__main__":

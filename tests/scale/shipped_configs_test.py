@@ -14,6 +14,7 @@ _RUNS = (
     ("kimi_k2_pretrain_v6e", "v6e", 1024),
     ("kimi_k2_pretrain_tpu7x", "tpu7x", 512),
     ("kimi_k2_pretrain_h100", "h100", 1024),
+    ("kimi_k2_qat_int4", "v5p", 512),
     ("kimi_k2_context_32k", "v5p", 512),
     ("kimi_k2_context_128k", "v5p", 512),
 )

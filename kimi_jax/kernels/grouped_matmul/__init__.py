@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.checks import check_same_dtype, check_shapes
-from kimi_jax.kernels.grouped_matmul import pallas_tpu, reference, xla
+from kimi_jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference, xla
 from kimi_jax.kernels.selection import select
 from kimi_jax.quantization.fake_quant import FakeQuantized
 from kimi_jax.quantization.int4 import Int4Weight
@@ -13,8 +13,10 @@ from kimi_jax.quantization.int4 import Int4Weight
 _AVAILABLE = {
     Implementation.XLA: xla.grouped_matmul,
     Implementation.PALLAS_TPU: pallas_tpu.grouped_matmul,
+    Implementation.PALLAS_GPU: pallas_gpu.grouped_matmul,
     Implementation.REFERENCE: reference.grouped_matmul,
 }
+# The kernels for GPUs were compiled, never run.
 _FASTEST = {"tpu": Implementation.PALLAS_TPU}
 
 

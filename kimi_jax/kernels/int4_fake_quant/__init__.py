@@ -5,15 +5,17 @@ from jaxtyping import Array, Float
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.checks import check_shapes
-from kimi_jax.kernels.int4_fake_quant import pallas_tpu, reference, xla
+from kimi_jax.kernels.int4_fake_quant import pallas_gpu, pallas_tpu, reference, xla
 from kimi_jax.kernels.selection import select
 from kimi_jax.quantization.int4 import GROUP_SIZE
 
 _AVAILABLE = {
     Implementation.XLA: xla.int4_fake_quant,
     Implementation.PALLAS_TPU: pallas_tpu.int4_fake_quant,
+    Implementation.PALLAS_GPU: pallas_gpu.int4_fake_quant,
     Implementation.REFERENCE: reference.int4_fake_quant,
 }
+# For GPUs the kernel rounds no faster than XLA and its product was never timed.
 _FASTEST = {"tpu": Implementation.PALLAS_TPU}
 
 

@@ -5,15 +5,17 @@ from jaxtyping import Array, Float
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.checks import check_shapes
-from kimi_jax.kernels.int4_matmul import pallas_tpu, reference, xla
+from kimi_jax.kernels.int4_matmul import pallas_gpu, pallas_tpu, reference, xla
 from kimi_jax.kernels.selection import select
 from kimi_jax.quantization.int4 import Int4Weight
 
 _AVAILABLE = {
     Implementation.XLA: xla.int4_matmul,
     Implementation.PALLAS_TPU: pallas_tpu.int4_matmul,
+    Implementation.PALLAS_GPU: pallas_gpu.int4_matmul,
     Implementation.REFERENCE: reference.int4_matmul,
 }
+# The kernels for GPUs were compiled, never run.
 _FASTEST = {"tpu": Implementation.PALLAS_TPU}
 
 

@@ -38,8 +38,7 @@ def mla_attention(
     Raises:
       NotImplementedError: another GPU, another dtype, or widths that the blocks do not fit.
     """
-    if not interpret:
-        hopper.require("mla_attention", q_nope.dtype)
+    hopper.require("mla_attention", q_nope.dtype, interpret)
     _check_widths(q_nope.shape[-1], q_rope.shape[-1], value.shape[-1])
     num_positions = value.shape[1]
     padding = -num_positions % TILE

@@ -63,8 +63,7 @@ def mla_decode(
     Raises:
       NotImplementedError: another GPU, another dtype, or widths that the blocks do not fit.
     """
-    if not interpret:
-        hopper.require("mla_decode", q_latent.dtype)
+    hopper.require("mla_decode", q_latent.dtype, interpret)
     _check_widths(latents.shape[2], k_rope.shape[2])
     batch, num_heads, _ = q_latent.shape
     padding = -num_heads % ROWS

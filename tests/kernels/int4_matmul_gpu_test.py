@@ -1,0 +1,55 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from kimi_jax.kernels.int4_fake_quant import pallas_gpu as fake_quant
+from kimi_jax.kernels.int4_matmul import pallas_gpu
+from kimi_jax.quantization import int4
+from tests.support.gradients import BFLOAT16_TOLERANCE, assert_close, value_and_gradients
+from tests.support.hopper import interpreted
+
+
+def _operands(rows, inputs, outputs):
+    rng = np.random.default_rng(0)
+    arrays = (
+        rng.standard_normal(shape) for shape in ((rows, inputs), (inputs, outputs), (rows, outputs))
+    )
+    return tuple(jnp.asarray(a, jnp.bfloat16) for a in arrays)
+
+
+def _float64(*arrays):
+    return tuple(np.asarray(a, np.float64) for a in arrays)
+
+
+@interpreted
+class Int4MatmulGpuTest(parameterized.TestCase):
+    @parameterized.parameters((3, 1056, 130, 32), (70, 128, 40, 64))
+    def test_few_and_many_rows_are_near_float64(self, rows, inputs, outputs, group_size):
+        x, w, d_y = _operands(rows, inputs, outputs)
+        packed = int4.quantize(w, group_size)
+        y, pullback = jax.vjp(lambda x: pallas_gpu.int4_matmul(x, packed, interpret=True), x)
+        x, values, d_y_exact = _float64(x, int4.dequantize(packed, jnp.bfloat16), d_y)
+        assert_close(y, x @ values, BFLOAT16_TOLERANCE)
+        assert_close(pullback(d_y)[0], d_y_exact @ values.T, BFLOAT16_TOLERANCE)
+
+    def test_fake_quantised_product_passes_the_gradient_straight_through(self):
+        x, w, d_y = _operands(5, 64, 40)
+        product = functools.partial(fake_quant.int4_fake_quant, group_size=32, interpret=True)
+        y, (d_x, d_w) = value_and_gradients(product, (x, w), d_y)
+        rounded = int4.dequantize(int4.quantize(w, 32), jnp.bfloat16)
+        x, rounded, d_y = _float64(x, rounded, d_y)
+        assert_close(y, x @ rounded, BFLOAT16_TOLERANCE)
+        assert_close(d_x, d_y @ rounded.T, BFLOAT16_TOLERANCE)
+        assert_close(d_w, x.T @ d_y, BFLOAT16_TOLERANCE)
+
+    def test_scales_of_fewer_than_32_weights_raise(self):
+        x, w, _ = _operands(5, 64, 40)
+        with self.assertRaisesRegex(NotImplementedError, "scales of 32 weights"):
+            pallas_gpu.int4_matmul(x, int4.quantize(w, 8), interpret=True)
+
+
+if __name__ == "__main__":
+    absltest.main()
