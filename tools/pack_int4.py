@@ -28,7 +28,7 @@ from kimi_jax.training.step import make_optimizer
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "folder to write; must not exist", required=True)
 _VERIFY = flags.DEFINE_bool("verify", False, "reload, and compare logits with training's")
-_GIB = 2**30
+_MB = 1e6
 _LENGTH = 256  # positions that are compared
 
 
@@ -59,11 +59,11 @@ def _newest(config: ExperimentConfig, mesh: jax.sharding.Mesh) -> tuple[int, obj
 
 def _sizes(params: transformer.TransformerParams, packed_params: object) -> Table:
     """Bytes of each part before and after."""
-    table = Table("part", "float32 masters, GiB", "packed, GiB", "bits a weight")
+    table = Table("part", "float32 masters, MB", "packed, MB", "bits a weight")
     before, after = _bytes_by_part(params), _bytes_by_part(packed_params)
     for part, size in (before | {"all": sum(before.values())}).items():
         now = after.get(part, sum(after.values()))
-        table.add_row(part, f"{size / _GIB:.3f}", f"{now / _GIB:.3f}", f"{32 * now / size:.2f}")
+        table.add_row(part, f"{size / _MB:,.1f}", f"{now / _MB:,.1f}", f"{32 * now / size:.2f}")
     return table
 
 
