@@ -18,17 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import tile_table
+from kimi_jax.kernels import tile_table, tpu
+from kimi_jax.kernels.tpu import BFLOAT16_ROWS, LANES, up_to_multiple
 
-LANES = 128
-_ROWS_OF_A_VECTOR = 16  # of bfloat16
-_MIB = 2**20
-# VMEM of a chip less what the compiler keeps, and of a chip that is not tabulated.
-_VMEM_BYTES = {"v5e": 110 * _MIB, "v5p": 60 * _MIB, "v6e": 110 * _MIB, "tpu7x": 60 * _MIB}
-_LEAST_VMEM_BYTES = 60 * _MIB
-# Vector units of v5e and v5p compute in float32 only: bfloat16 costs conversions there. Later ones
-# take twice as many bfloat16 values per instruction.
-_BFLOAT16_VECTORS = ("v6e", "tpu7x")
 _ROWS = (256, 512, 1024)
 _OUTPUTS = (256, 512, 1024, 1792)
 
@@ -49,16 +41,6 @@ class Shape(NamedTuple):
     stored_bytes: int
 
 
-def computes_in_bfloat16(chip: str | None) -> bool:
-    """Whether element-wise work on bfloat16 values is cheaper than on float32 ones."""
-    return chip in _BFLOAT16_VECTORS
-
-
-def up_to_multiple(size: int, multiple: int) -> int:
-    """Returns the next multiple."""
-    return size + -size % multiple
-
-
 def pad(a: Array, rows: int, columns: int, value: int = 0) -> Array:
     """Fills a matrix up to [rows, columns]."""
     missing = [(0, rows - a.shape[0]), (0, columns - a.shape[1])]
@@ -67,34 +49,30 @@ def pad(a: Array, rows: int, columns: int, value: int = 0) -> Array:
 
 def candidates(shape: Shape, chip: str | None) -> list[dict[str, int]]:
     """Returns the sizes of tiles that fit the chip's memory, as keywords of `Tiles`."""
-    one_tile = up_to_multiple(shape.rows, _ROWS_OF_A_VECTOR)
+    one_tile = up_to_multiple(shape.rows, BFLOAT16_ROWS)
     rows = sorted({min(size, one_tile) for size in _ROWS})
     outputs = [size for size in (LANES, *_OUTPUTS) if shape.outputs % size == 0]
     wide = [size for size in outputs if size > LANES] or outputs
     sizes = [Tiles(r, o) for r in rows for o in wide]
-    return [tiles._asdict() for tiles in sizes if _vmem(shape, tiles) <= vmem_bytes(chip)]
+    limit = tpu.facts(chip).vmem_bytes
+    return [tiles._asdict() for tiles in sizes if _vmem(shape, tiles) <= limit]
 
 
 def by_rule(shape: Shape, chip: str | None) -> Tiles:
     """Returns tiles where none are tabulated: many rows first, then no more than 512 outputs."""
     fitting = [Tiles(**tiles) for tiles in candidates(shape, chip)]
     if not fitting:
-        return Tiles(_ROWS_OF_A_VECTOR, LANES)
+        return Tiles(BFLOAT16_ROWS, LANES)
     return max(fitting, key=lambda tiles: (min(tiles.outputs, 512) * tiles.rows, -tiles.outputs))
 
 
 def choose(name: str, sizes: dict[str, int], shape: Shape) -> Tiles:
     """Returns the tabulated tiles of a kernel, unless they are made for quite other rows."""
     found = tile_table.tiles(name, **sizes)
-    one_tile = up_to_multiple(shape.rows, _ROWS_OF_A_VECTOR)
+    one_tile = up_to_multiple(shape.rows, BFLOAT16_ROWS)
     if found is None or found["rows"] < min(_ROWS[0], one_tile):
         return by_rule(shape, target_chip())
     return Tiles(min(found["rows"], one_tile), found["outputs"])
-
-
-def vmem_bytes(chip: str | None) -> int:
-    """Returns the VMEM that a kernel may use."""
-    return _VMEM_BYTES.get(chip or "", _LEAST_VMEM_BYTES)
 
 
 def _vmem(shape: Shape, tiles: Tiles) -> int:
@@ -167,7 +145,7 @@ def product(
         scratch_shapes=[pltpu.VMEM(shape, x.dtype)] if waits else [],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem_bytes(target_chip()),
+            vmem_limit_bytes=tpu.facts(target_chip()).vmem_bytes,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * contracted * outputs, bytes_accessed=moved, transcendentals=0

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import importlib
 import pkgutil
@@ -109,6 +110,18 @@ class TunableTest(parameterized.TestCase):
         self.assertContainsSubset(
             {"int4_matmul", "mla_attention_backward", "mla_decode", "grouped_matmul_forward"}, names
         )
+
+    @parameterized.parameters("v5p", "v6e")
+    def test_tabulated_tiles_are_candidates_of_their_case_and_so_fit_the_chip(self, chip):
+        candidates = collections.defaultdict(list)
+        for package, kernel, tunable in _tunables():
+            cases = importlib.import_module(f"kimi_jax.kernels.{package}.cases").KIMI_K2
+            for case in cases.values():
+                shape = (kernel, *sorted(tunable.shape(case).items()))
+                candidates[shape].extend(tunable.candidates(case, chip))
+        for entry in tile_table.table(chip):
+            shape = (entry["kernel"], *sorted(entry["shape"].items()))
+            self.assertIn(entry["tiles"], candidates[shape], entry)
 
     @parameterized.parameters((512, 512), (1024, 256))
     def test_attentions_cells_are_those_of_the_mask(self, queries, keys):

@@ -30,6 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.core.platform import target_chip
+from kimi_jax.kernels import tpu
 from kimi_jax.kernels.grouped_matmul import tpu_tiles, visits
 from kimi_jax.kernels.grouped_matmul.gradients import differentiable
 from kimi_jax.kernels.grouped_matmul.tpu_tiles import (
@@ -43,9 +44,6 @@ from kimi_jax.quantization.int4 import CODES_PER_WORD, Int4Weight
 
 F32 = jnp.float32
 
-# v5p has no arithmetic in bfloat16. A code of three bits times a scale of eight is exact before it
-# is rounded in either format, so both give the same values.
-_BFLOAT16_ARITHMETIC = ("v6e", "tpu7x")
 _SIGNS = -0x77777778  # 0x88888888: turns nibbles of code + 8 into two's complement
 
 
@@ -265,7 +263,7 @@ def _for_each(first: Array, stop: Array, run) -> None:
 
 def _dequantise(codes, scales, dtype: Any) -> Array:
     """Returns the values of a tile, as `quantization.int4.dequantize` does."""
-    exact = dtype == jnp.bfloat16 and target_chip() in _BFLOAT16_ARITHMETIC
+    exact = dtype == jnp.bfloat16 and tpu.facts(target_chip()).bfloat16_vectors
     arithmetic = jnp.bfloat16 if exact else F32
     values = pltpu.bitcast(codes[...] ^ jnp.int32(_SIGNS), jnp.int4).astype(arithmetic)
     num_groups, width = scales.shape
@@ -277,7 +275,7 @@ def _dequantise(codes, scales, dtype: Any) -> Array:
 def _params(semantics: tuple[str, ...]) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=semantics,
-        vmem_limit_bytes=tpu_tiles.vmem_bytes(target_chip()),
+        vmem_limit_bytes=tpu.facts(target_chip()).vmem_bytes,
     )
 
 

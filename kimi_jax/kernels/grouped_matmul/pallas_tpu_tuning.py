@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from kimi_jax.kernels import tpu
 from kimi_jax.kernels.cost import Cost
 from kimi_jax.kernels.grouped_matmul import cases, pallas_tpu, tpu_tiles, visits
 from kimi_jax.kernels.grouped_matmul.cases import Case
@@ -52,7 +53,7 @@ def _candidates(case: Case, chip: str, *, piece: str) -> list[dict[str, int]]:
         dict(zip(("rows", "part", *ends), chosen, strict=True))
         for chosen in itertools.product(_ROWS, _PARTS, *widths)
     ]
-    limit = tpu_tiles.vmem_bytes(chip)
+    limit = tpu.facts(chip).vmem_bytes
     return [tiles for tiles in choices if tpu_tiles.vmem(tiles, contracted, case.int4) <= limit]
 
 

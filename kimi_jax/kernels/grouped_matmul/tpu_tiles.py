@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import tile_table
+from kimi_jax.kernels import tile_table, tpu
+from kimi_jax.kernels.tpu import BFLOAT16_ROWS, LANES, up_to_multiple
 
 Tiles = Mapping[str, int]
 
@@ -12,10 +13,6 @@ INPUT_GRADIENT = "input_gradient"
 WEIGHT_GRADIENT = "weight_gradient"
 
 _MIB = 2**20
-# Of 64 MiB, and of 128 on v5e and v6e; the compiler wants some for itself.
-_VMEM_BYTES = {"v5e": 112 * _MIB, "v5p": 60 * _MIB, "v6e": 112 * _MIB, "tpu7x": 56 * _MIB}
-_SMALLEST_VMEM_BYTES = 56 * _MIB
-_ROWS_OF_A_VECTOR = 16  # in bfloat16
 _ITEM_BYTES = 2  # of a value in bfloat16
 _SUM_BYTES = 4
 
@@ -31,12 +28,10 @@ _LARGE_UNITS = {
     INPUT_GRADIENT: {"rows": 512, "part": 256},
     WEIGHT_GRADIENT: {"rows": 512, "part": 256, "inputs": 1024, "outputs": 2048},
 }
-_RULES = {"v6e": _LARGE_UNITS, "tpu7x": _LARGE_UNITS}
+_LARGE_UNIT = 256
 # Wider tiles of a matrix read the rows fewer times, but two cores must share the tiles.
 _SMALL_UNITS_MATRIX_BYTES = 7 * _MIB
 _LARGE_UNITS_MATRIX_BYTES = 14 * _MIB
-_LEAST_COLUMNS = 128
-
 COLUMNS = (512, 1024, 1792, 2048, 3584)
 
 
@@ -56,29 +51,19 @@ def choose(
     chosen = given or tile_table.tiles(f"grouped_matmul_{piece}", **limits, **shape)
     if chosen is None:
         chosen = _by_rule(piece, limits, shape)
-    part = min(chosen["part"], _up(limits["rows"], _ROWS_OF_A_VECTOR))
-    whole = {**limits, "rows": _up(limits["rows"], part), "part": part}
+    part = min(chosen["part"], up_to_multiple(limits["rows"], BFLOAT16_ROWS))
+    whole = {**limits, "rows": up_to_multiple(limits["rows"], part), "part": part}
     return {name: min(chosen[name], size) for name, size in whole.items()}
-
-
-def vmem_bytes(chip: str | None) -> int:
-    """Returns the VMEM that a kernel may use."""
-    return _VMEM_BYTES.get(chip or "", _SMALLEST_VMEM_BYTES)
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def _by_rule(piece: str, limits: Mapping[str, int], shape: Mapping[str, int]) -> dict[str, int]:
     """Returns the chip's rule, with tiles of a matrix as wide as it says, and what fits."""
-    chip = target_chip()
-    rule = _RULES.get(chip or "", _SMALL_UNITS)
-    tiles = dict(rule[piece])
+    chip = tpu.facts(target_chip())
+    large = chip.matrix_unit == _LARGE_UNIT
+    tiles = dict((_LARGE_UNITS if large else _SMALL_UNITS)[piece])
     if piece == WEIGHT_GRADIENT:
         return tiles
     contracted, int4 = shape["contracted"], bool(shape["int4"])
-    large = rule is _LARGE_UNITS
     limit = _LARGE_UNITS_MATRIX_BYTES if large else _SMALL_UNITS_MATRIX_BYTES
     widths = [
         columns
@@ -86,10 +71,10 @@ def _by_rule(piece: str, limits: Mapping[str, int], shape: Mapping[str, int]) ->
         if limits["columns"] % columns == 0 and columns * contracted * _ITEM_BYTES <= limit
     ]
     tiles["columns"] = max(widths, default=COLUMNS[0])
-    while vmem(tiles, contracted, int4) > vmem_bytes(chip):
+    while vmem(tiles, contracted, int4) > chip.vmem_bytes:
         if tiles["rows"] > tiles["part"]:
             tiles["rows"] //= 2
-        elif tiles["columns"] > _LEAST_COLUMNS and not int4:
+        elif tiles["columns"] > LANES and not int4:
             tiles["columns"] //= 2  # scales of fewer than 512 inputs do not fill a vector
         else:
             break  # the compiler says by how much

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import stationary
+from kimi_jax.kernels import stationary, tpu
 from kimi_jax.kernels.int4_fake_quant import cases
 from kimi_jax.kernels.int4_fake_quant.cases import Case
 from kimi_jax.kernels.products import dot
-from kimi_jax.kernels.stationary import LANES, Shape, Tiles, up_to_multiple
+from kimi_jax.kernels.stationary import Shape, Tiles
+from kimi_jax.kernels.tpu import BFLOAT16_ROWS, LANES, up_to_multiple
 from kimi_jax.kernels.tunable import Tunable
 from kimi_jax.quantization.int4 import GROUP_SIZE, LARGEST_CODE, SMALLEST_SCALE
 
-_BFLOAT16_ROWS = 16  # of a vector
 _INPUTS = 256  # whole vectors, and whole tiles of the transposed product
 # float32 numbers between 2^23 and 2^24 are the integers, those between 2^11 and 2^12 the multiples
 # of 2^-12. Adding and subtracting 1.5 times the lower end rounds to them, ties to even.
@@ -132,10 +132,10 @@ def _round(w: Array, *, group_size: int, dtype, interpret: bool) -> Array:
 
 def _largest(groups: Array) -> Array:
     """Returns max |w| of each group, in float32."""
-    if not stationary.computes_in_bfloat16(target_chip()) or groups.shape[1] % _BFLOAT16_ROWS:
+    if not tpu.facts(target_chip()).bfloat16_vectors or groups.shape[1] % BFLOAT16_ROWS:
         return jnp.max(jnp.abs(groups.astype(jnp.float32)), axis=1)
     count, size, columns = groups.shape
-    vectors = jnp.abs(groups.reshape(count, size // _BFLOAT16_ROWS, _BFLOAT16_ROWS, columns))
+    vectors = jnp.abs(groups.reshape(count, size // BFLOAT16_ROWS, BFLOAT16_ROWS, columns))
     largest = functools.reduce(jnp.maximum, (vectors[:, i] for i in range(vectors.shape[1])))
     return jnp.max(largest.astype(jnp.float32), axis=1)
 

@@ -14,10 +14,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import stationary
+from kimi_jax.kernels import stationary, tpu
 from kimi_jax.kernels.int4_matmul import cases
 from kimi_jax.kernels.int4_matmul.cases import Case
-from kimi_jax.kernels.stationary import LANES, Shape, Tiles, up_to_multiple
+from kimi_jax.kernels.stationary import Shape, Tiles
+from kimi_jax.kernels.tpu import LANES, up_to_multiple
 from kimi_jax.kernels.tunable import Tunable
 from kimi_jax.quantization.int4 import CODES_PER_WORD, Int4Weight
 
@@ -109,7 +110,7 @@ def _product(
 
 def _dequantize(words: Array, scales: Array, *, group_size: int, dtype) -> Array:
     """Returns code * scale; products of two bfloat16 numbers round once in either format."""
-    in_bfloat16 = dtype == jnp.bfloat16 and stationary.computes_in_bfloat16(target_chip())
+    in_bfloat16 = dtype == jnp.bfloat16 and tpu.facts(target_chip()).bfloat16_vectors
     compute = jnp.bfloat16 if in_bfloat16 else jnp.float32
     codes = pltpu.bitcast(words ^ jnp.int32(_ZEROS), jnp.int4).astype(compute)
     groups = codes.reshape(scales.shape[0], group_size, words.shape[1])

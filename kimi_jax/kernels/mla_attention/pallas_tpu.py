@@ -22,12 +22,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import tile_table
+from kimi_jax.kernels import tile_table, tpu
 from kimi_jax.kernels.mla_attention.pallas_tpu_backward import Kept, backward
-from kimi_jax.kernels.mla_attention.pallas_tpu_cells import F32, VMEM_MIB, Operands
+from kimi_jax.kernels.mla_attention.pallas_tpu_cells import F32, Operands
 from kimi_jax.kernels.mla_attention.pallas_tpu_forward import forward
+from kimi_jax.kernels.tpu import LANES
 
-_LANES = 128
 _BLOCK = 512  # positions, where no table says otherwise
 _PADDING = np.iinfo(np.int32).max  # document of padding
 _PANEL = 2048  # positions; longer ones save nothing more
@@ -90,7 +90,7 @@ def attend(
 def default_tiles(positions: int, nope: int, rope: int, value: int) -> dict[str, int]:
     """Returns the tabulated blocks, or ones that suit every chip, cut to a short sequence."""
     shape = {"rows": positions, "nope": nope, "rope": rope, "value": value}
-    enough = _LANES * 2 ** max(0, math.ceil(math.log2(positions / _LANES)))
+    enough = LANES * 2 ** max(0, math.ceil(math.log2(positions / LANES)))
     blocks = {}
     for direction in ("forward", "backward"):
         found = tile_table.tiles(f"mla_attention_{direction}", **shape)
@@ -105,7 +105,7 @@ def with_panel(blocks: dict[str, int], positions: int, chip: str | None) -> dict
     # Longer panels where they need no more padding.
     while panel < _PANEL and -positions % (2 * panel) == -positions % largest:
         panel *= 2
-    return blocks | {"panel": panel, "vmem_mib": VMEM_MIB.get(chip or "", min(VMEM_MIB.values()))}
+    return blocks | {"panel": panel, "vmem_mib": tpu.facts(chip).vmem_mib}
 
 
 def _pad(x: Array, axis: int, amount: int, fill: int = 0) -> Array:

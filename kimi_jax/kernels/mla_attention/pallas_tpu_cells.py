@@ -21,7 +21,6 @@ from jaxtyping import Array, Int
 
 MASKED = -1e30  # logit of a masked pair; finite, so that differences of two are numbers
 LOG2_E = math.log2(math.e)
-VMEM_MIB = {"v5e": 100, "v5p": 58, "v6e": 100, "tpu7x": 58}  # of 128, 64, 128 and 64
 
 F32 = jnp.float32
 

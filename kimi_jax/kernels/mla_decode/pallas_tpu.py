@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import tile_table
+from kimi_jax.core.platform import target_chip
+from kimi_jax.kernels import tile_table, tpu
 from kimi_jax.kernels.cost import Cost
 from kimi_jax.kernels.mla_decode import cases
 from kimi_jax.kernels.mla_decode.cases import Case
@@ -30,7 +31,6 @@ from kimi_jax.kernels.tunable import Tiles, Tunable
 _MASKED = -1e30  # logit of an unused position; finite, so that differences of two are numbers
 _BLOCK = 2048  # positions, where no table says otherwise
 _BLOCKS = (512, 1024, 2048, 4096)
-_VMEM_MIB = 40  # of 64 or 128
 
 F32 = jnp.float32
 
@@ -82,7 +82,8 @@ def mla_decode(
         ),
         out_shape=jax.ShapeDtypeStruct(q_latent.shape, latents.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_MIB * 2**20
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=tpu.facts(target_chip()).vmem_bytes,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * positions * heads * (2 * width + rope),
