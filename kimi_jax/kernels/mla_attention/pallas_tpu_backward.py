@@ -23,8 +23,8 @@ from kimi_jax.kernels.mla_attention.pallas_tpu_cells import (
     compiler_params,
     document_ranges,
     input_specs,
-    product,
 )
+from kimi_jax.kernels.products import dot
 
 
 class Kept(NamedTuple):
@@ -203,10 +203,10 @@ def _keys_kernel(*refs: Any, cells: Cells, with_queries: bool) -> None:
     def cell(u, w, is_masked):
         t, s = cells.queries(u), cells.keys(w)
         keys, queries, probabilities, d_logits = _cell(refs, cells, at, (t, s), is_masked)
-        d_value[s] += product(probabilities.astype(d_out.dtype), d_out[t], (1, 0))
-        dk[s] += product(d_logits, queries, (1, 1))
+        d_value[s] += dot(probabilities.astype(d_out.dtype), d_out[t], 1, 0)
+        dk[s] += dot(d_logits, queries, 1, 1)
         for total in dq:
-            total[at[1] * (cells.panel // cells.block_q) + u] += product(keys, d_logits, (0, 0))
+            total[at[1] * (cells.panel // cells.block_q) + u] += dot(keys, d_logits, 0, 0)
 
     pl.when(exists)(lambda: cells.visit(refs[:4], at, cell))
 
@@ -231,7 +231,7 @@ def _queries_kernel(*refs: Any, cells: Cells) -> None:
 
     def cell(u, w, is_masked):
         keys, _, _, d_logits = _cell(refs, cells, at, (cells.queries(u), cells.keys(w)), is_masked)
-        dq[u] += product(keys, d_logits, (0, 0))
+        dq[u] += dot(keys, d_logits, 0, 0)
 
     pl.when(exists)(lambda: cells.visit(refs[:4], at, cell))
 
@@ -277,10 +277,10 @@ def _cell(
     # Both parts joined in VMEM are one pass of a wide MXU.
     keys = jnp.concatenate([k_nope[s], k_rope[s]], axis=1)
     queries = jnp.concatenate([q_nope[:, t], q_rope[:, t]], axis=0)
-    logits = product(keys, queries, (1, 0))
+    logits = dot(keys, queries, 1, 0)
     if is_masked:
         logits = cells.mask(logits, (q_segments, k_segments), at, slices)
     probabilities = jnp.exp2(logits * (cells.scale * LOG2_E) - log_sum[:, t] * LOG2_E)
-    d_probabilities = product(value[s], d_out[t], (1, 1))
+    d_probabilities = dot(value[s], d_out[t], 1, 1)
     d_logits = probabilities * (d_probabilities - inner[:, t])
     return keys, queries, probabilities, d_logits.astype(keys.dtype)

@@ -173,12 +173,6 @@ def input_specs(operands: Operands, cells: Cells) -> list[pl.BlockSpec]:
     ]
 
 
-def product(a: Array, b: Array, contracting: tuple[int, int]) -> Array:
-    """Contracts one dimension of each of two matrices, in float32."""
-    dimensions = (((contracting[0],), (contracting[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=F32)
-
-
 def compiler_params(num_parallel: int, vmem_mib: int) -> pltpu.CompilerParams:
     """The first dimensions of the grid of four are parallel; the others are not."""
     return pltpu.CompilerParams(

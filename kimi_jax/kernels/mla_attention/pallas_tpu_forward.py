@@ -19,8 +19,8 @@ from kimi_jax.kernels.mla_attention.pallas_tpu_cells import (
     compiler_params,
     document_ranges,
     input_specs,
-    product,
 )
+from kimi_jax.kernels.products import dot
 
 
 def forward(
@@ -96,7 +96,7 @@ def _kernel(*refs: Any, cells: Cells) -> None:
         # Both parts joined in VMEM are one pass of a wide MXU.
         keys = jnp.concatenate([k_nope[s], k_rope[s]], axis=1)
         queries = jnp.concatenate([q_nope[:, t], q_rope[:, t]], axis=0)
-        logits = product(keys, queries, (1, 0))
+        logits = dot(keys, queries, 1, 0)
         if is_masked:
             logits = cells.mask(logits, (q_segments, k_segments), at, (t, s))
         new_largest = jnp.maximum(largest[u], jnp.max(logits, axis=0, keepdims=True))
@@ -104,7 +104,7 @@ def _kernel(*refs: Any, cells: Cells) -> None:
         exponentials = jnp.exp2((logits - new_largest) * to_base_2)
         largest[u] = new_largest
         total[u] = fading * total[u] + jnp.sum(exponentials, axis=0, keepdims=True)
-        part = product(value[s], exponentials.astype(value.dtype), (0, 0))
+        part = dot(value[s], exponentials.astype(value.dtype), 0, 0)
         weighted[u] = fading * weighted[u] + part
 
     pl.when(exists)(lambda: cells.visit(refs[:4], at, cell))

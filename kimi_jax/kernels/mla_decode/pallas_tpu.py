@@ -26,6 +26,7 @@ from kimi_jax.kernels import tile_table, tpu
 from kimi_jax.kernels.cost import Cost
 from kimi_jax.kernels.mla_decode import cases
 from kimi_jax.kernels.mla_decode.cases import Case
+from kimi_jax.kernels.products import dot
 from kimi_jax.kernels.tunable import Tiles, Tunable
 
 _MASKED = -1e30  # logit of an unused position; finite, so that differences of two are numbers
@@ -116,9 +117,7 @@ def _kernel(lengths, q_latent, q_rope, latents, k_rope, out, *sums, block, scale
             # Behind the end may lie anything, even what is not a number.
             used = jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length - j * block
             values = jnp.where(used, values, 0)
-        logits = _product(q_latent[...], values, (1, 1)) + _product(
-            q_rope[...], k_rope[...], (1, 0)
-        )
+        logits = dot(q_latent[...], values, 1, 1) + dot(q_rope[...], k_rope[...], 1, 0)
         logits *= scale
         if is_last:
             position = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
@@ -128,7 +127,7 @@ def _kernel(lengths, q_latent, q_rope, latents, k_rope, out, *sums, block, scale
         exponentials = jnp.exp(logits - new_largest)
         largest[...] = new_largest
         total[...] = fading * total[...] + jnp.sum(exponentials, axis=1, keepdims=True)
-        part = _product(exponentials.astype(values.dtype), values, (1, 0))
+        part = dot(exponentials.astype(values.dtype), values, 1, 0)
         weighted[...] = fading * weighted[...] + part
 
     end = (j + 1) * block
@@ -139,11 +138,6 @@ def _kernel(lengths, q_latent, q_rope, latents, k_rope, out, *sums, block, scale
     def _():
         positive = jnp.where(total[...] > 0.0, total[...], 1.0)
         out[...] = (weighted[...] / positive).astype(out.dtype)
-
-
-def _product(a: Array, b: Array, contracting: tuple[int, int]) -> Array:
-    dimensions = (((contracting[0],), (contracting[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=F32)
 
 
 def _frequencies(case: Case, chip: str, tiles: Tiles) -> dict[str, tuple[float, ...]]:
