@@ -28,9 +28,6 @@ from rich.table import Table
 import kimi_jax.kernels
 from kimi_jax.analysis import costs, schedules
 from kimi_jax.core.errors import ConfigError, require
-from kimi_jax.kernels import stationary
-from kimi_jax.kernels.int4_fake_quant import cases as int4_fake_quant_cases
-from kimi_jax.kernels.int4_fake_quant import pallas_tpu as int4_fake_quant
 from kimi_jax.kernels.tunable import Tunable
 from kimi_jax.parallel import topologies
 
@@ -45,7 +42,6 @@ flags.mark_flag_as_required("chip")
 
 _TABLES = pathlib.Path(kimi_jax.kernels.__path__[0]) / "tile_tables"
 _ARRANGEMENTS = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
-_PLAIN = "bfloat16_matmul"  # tried only if named, and never written
 _TIMED_CALLS = 20
 _REASON = 300  # characters of an error that are shown
 _MICRO = 1e6
@@ -91,8 +87,6 @@ def _file() -> pathlib.Path:
 def _jobs(chip: str) -> Iterator[Job]:
     """Yields every choice of every case that was asked for."""
     module_name = "pallas_gpu" if chip in topologies.GPU_KINDS else "pallas_tpu"
-    if _KERNELS.value == _PLAIN:
-        yield from _jobs_of(_PLAIN, _plain_product(), int4_fake_quant_cases.KIMI_K2, chip)
     for package in pkgutil.iter_modules(kimi_jax.kernels.__path__):
         folder = pathlib.Path(kimi_jax.kernels.__path__[0]) / package.name
         if not (folder / f"{module_name}.py").is_file():
@@ -104,30 +98,6 @@ def _jobs(chip: str) -> Iterator[Job]:
         for kernel, tunable in getattr(module, "TUNABLE", {}).items():
             if re.fullmatch(_KERNELS.value, kernel):
                 yield from _jobs_of(kernel, tunable, cases, chip)
-
-
-def _plain_product() -> Tunable:
-    """A product with the weight as it is, tiled like the INT4 ones: what they are compared with."""
-
-    def run(operands: dict[str, Any], tiles: Mapping[str, int]) -> Any:
-        x, w = operands["x"], operands["w"]
-        return stationary.product(
-            x,
-            (w,),
-            lambda weight: weight,
-            outputs=w.shape[1],
-            transposed=False,
-            tiles=stationary.Tiles(**tiles),
-            name=_PLAIN,
-            interpret=False,
-        )
-
-    like = int4_fake_quant.TUNABLE["int4_fake_quant"]
-
-    def frequencies(case: Any, chip: str, tiles: Mapping[str, int]) -> dict[str, Any]:
-        return {_PLAIN: like.frequencies(case, chip, tiles)["int4_fake_quant"]}
-
-    return like._replace(run=run, frequencies=frequencies)
 
 
 def _jobs_of(kernel: str, tunable: Tunable, cases: dict, chip: str) -> Iterator[Job]:
@@ -278,7 +248,7 @@ def _write(results: list[Result], file: pathlib.Path) -> None:
     entries = {(e["kernel"], *sorted(e["shape"].items())): e for e in old}
     for group in _by_case(results).values():
         best = group[0]
-        if best.seconds is None or best.job.kernel == _PLAIN:
+        if best.seconds is None or not best.job.tunable.is_tabulated:
             continue
         shape = best.job.tunable.shape(best.job.case)
         entries[(best.job.kernel, *sorted(shape.items()))] = {

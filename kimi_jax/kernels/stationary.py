@@ -8,7 +8,7 @@ rows, and waits in VMEM for the others. Making it and multiplying the first tile
 one branch, where the compiler overlaps vector and matrix units.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,10 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from kimi_jax.core.param_spec import Leaf
 from kimi_jax.core.platform import target_chip
 from kimi_jax.kernels import tile_table, tpu
 from kimi_jax.kernels.tpu import BFLOAT16_ROWS, LANES, up_to_multiple
 
+TRANSPOSED = "_transposed"  # ends the name of a product with a transposed weight
+# Rows of a weight that fill whole vectors of what is stored, and whole tiles if transposed.
+_INPUTS = 256
 _ROWS = (256, 512, 1024)
 _OUTPUTS = (256, 512, 1024, 1792)
 
@@ -33,18 +37,43 @@ class Tiles(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Sizes of a product after padding, and bytes that one output's stored weight takes."""
+    """Sizes of a product, and bytes that one entry of the weight takes where it is stored."""
 
     rows: int
     contracted: int
     outputs: int
-    stored_bytes: int
+    entry_bytes: float
 
 
-def pad(a: Array, rows: int, columns: int, value: int = 0) -> Array:
-    """Fills a matrix up to [rows, columns]."""
-    missing = [(0, rows - a.shape[0]), (0, columns - a.shape[1])]
-    return a if a.shape == (rows, columns) else jnp.pad(a, missing, constant_values=value)
+class Weight(NamedTuple):
+    """A weight [K, N] that is made tile by tile.
+
+    Attributes:
+      name: of the kernel that multiplies with it, in tables of tiles, profiles and dumps.
+      stored: what it is made from: matrices [K / k, N], each with its own whole number k.
+      zeros: for each of them, what weights of zero are made from.
+      inputs: K.
+      group_size: rows of the weight that cannot be made without each other.
+      make: from one tile of each stored matrix, and a dtype, to the tile of the weight.
+    """
+
+    name: str
+    stored: tuple[Leaf, ...]
+    zeros: tuple[int, ...]
+    inputs: int
+    group_size: int
+    make: Callable[..., Array]
+
+    @property
+    def outputs(self) -> int:
+        """Columns, N."""
+        return self.stored[0].shape[1]
+
+    def product_shape(self, rows: int, transposed: bool) -> Shape:
+        """Returns the shape of the product with rows [W, K], or [W, N] if transposed."""
+        stored_bytes = sum(a.size * a.dtype.itemsize for a in self.stored)
+        ends = (self.outputs, self.inputs) if transposed else (self.inputs, self.outputs)
+        return Shape(rows, *ends, stored_bytes / (self.inputs * self.outputs))
 
 
 def candidates(shape: Shape, chip: str | None) -> list[dict[str, int]]:
@@ -75,66 +104,80 @@ def choose(name: str, sizes: dict[str, int], shape: Shape) -> Tiles:
     return Tiles(min(found["rows"], one_tile), found["outputs"])
 
 
-def _vmem(shape: Shape, tiles: Tiles) -> int:
+def _vmem(shape: Shape, tiles: Tiles) -> float:
     """Bytes of blocks, two of each that is streamed, of the made weight and of the sums."""
     streamed = 2 * (tiles.rows * shape.contracted + tiles.rows * tiles.outputs)
-    stored = shape.stored_bytes * tiles.outputs
-    made = 2 * shape.contracted * tiles.outputs
-    return 2 * (streamed + stored) + made + 8 * tiles.rows * tiles.outputs
-
-
-def row_steps(rows: int, tiles: Tiles) -> int:
-    """Returns the number of tiles of rows."""
-    return -(-rows // tiles.rows)
+    entries = shape.contracted * tiles.outputs
+    stored = shape.entry_bytes * entries
+    return 2 * (streamed + stored) + 2 * entries + 8 * tiles.rows * tiles.outputs
 
 
 def branch_shares(rows: int, tiles: Tiles) -> tuple[float, ...]:
     """Returns which share of the grid's steps takes each branch, in the order of the program."""
-    steps = row_steps(rows, tiles)
+    steps = -(-rows // tiles.rows)
     return () if steps == 1 else (1 / steps, 1 - 1 / steps)
 
 
-def product(
-    x: Array,
-    stored: Sequence[Array],
-    make: Callable[..., Array],
-    *,
-    outputs: int,
-    transposed: bool,
-    tiles: Tiles,
-    name: str,
-    interpret: bool,
+def multiply(
+    x: Array, weight: Weight, *, transposed: bool, tiles: Tiles | None, interpret: bool
 ) -> Array:
-    """Multiplies x [W, C] with the weight that `make` makes, [C, N], or [N, C] if transposed.
+    """Multiplies x [W, K] with the weight, or x [W, N] with its transpose.
+
+    Everything is filled up to whole tiles, and the result cut.
 
     Args:
-      x: rows; their number is a multiple of the tile's.
-      stored: what the weight is made from: matrices, each with as many columns as the weight and a
-        whole fraction of its rows.
-      make: from one tile of each stored matrix to the tile of the weight, in x's dtype.
-      outputs: N, a multiple of the tile's.
+      x: rows.
+      weight: what to multiply with.
       transposed: whether x meets the weight's columns rather than its rows.
-      tiles: sizes of tiles.
-      name: of the kernel, in profiles and dumps.
+      tiles: sizes of tiles; otherwise the chip's table or a rule says.
       interpret: runs on any platform, slowly.
 
     Returns:
-      [W, N] in x's dtype; sums are float32.
+      [W, N], or [W, K] if transposed, in x's dtype; sums are float32.
     """
-    rows, contracted = x.shape
+    inputs = up_to_multiple(weight.inputs, max(_INPUTS, weight.group_size))
+    outputs = up_to_multiple(weight.outputs, LANES)
+    name = weight.name + TRANSPOSED if transposed else weight.name
+    padded = weight._replace(
+        name=name,
+        stored=tuple(
+            _pad(a, a.shape[0] * inputs // weight.inputs, outputs, value)
+            for a, value in zip(weight.stored, weight.zeros, strict=True)
+        ),
+        inputs=inputs,
+    )
+    shape = padded.product_shape(x.shape[0], transposed)
+    if tiles is None:
+        sizes = {"rows": x.shape[0], "inputs": weight.inputs, "outputs": weight.outputs}
+        tiles = choose(name, sizes, shape)
+    rows = _pad(x, up_to_multiple(x.shape[0], tiles.rows), shape.contracted)
+    y = _multiply_tiles(rows, padded, transposed=transposed, tiles=tiles, interpret=interpret)
+    return y[: x.shape[0], : weight.inputs if transposed else weight.outputs]
+
+
+def _pad(a: Array, rows: int, columns: int, value: int = 0) -> Array:
+    """Fills a matrix up to [rows, columns]."""
+    missing = [(0, rows - a.shape[0]), (0, columns - a.shape[1])]
+    return a if a.shape == (rows, columns) else jnp.pad(a, missing, constant_values=value)
+
+
+def _multiply_tiles(
+    x: Array, weight: Weight, *, transposed: bool, tiles: Tiles, interpret: bool
+) -> Array:
+    """Is `multiply` where everything is whole tiles."""
+    rows, contracted, outputs, _ = weight.product_shape(x.shape[0], transposed)
     grid = (outputs // tiles.outputs, rows // tiles.rows)
     shape = (tiles.outputs, contracted) if transposed else (contracted, tiles.outputs)
-    weight_rows = outputs if transposed else contracted
-    blocks = [_stored_block(a, shape, weight_rows, transposed) for a in stored]
+    blocks = [_stored_block(a, shape, weight.inputs, transposed) for a in weight.stored]
     reads = 1 if grid[1] == 1 else grid[0]
-    moved = reads * x.nbytes + sum(a.nbytes for a in stored) + rows * outputs * x.dtype.itemsize
-
+    written = rows * outputs * x.dtype.itemsize
+    moved = reads * x.nbytes + sum(a.nbytes for a in weight.stored) + written
     waits = grid[1] > 1
 
     def kernel(x_ref, *refs):
-        stored_refs, rest = refs[: len(stored)], refs[len(stored) :]
+        stored_refs, rest = refs[: len(blocks)], refs[len(blocks) :]
         run = _make_once if waits else _make_and_multiply
-        run(x_ref, stored_refs, *rest, make=make, transposed=transposed)
+        run(x_ref, stored_refs, *rest, make=weight.make, transposed=transposed)
 
     return pl.pallas_call(
         kernel,
@@ -150,9 +193,9 @@ def product(
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * contracted * outputs, bytes_accessed=moved, transcendentals=0
         ),
-        name=name,
+        name=weight.name,
         interpret=interpret,
-    )(x, *stored)
+    )(x, *weight.stored)
 
 
 def _stored_block(
@@ -165,7 +208,7 @@ def _stored_block(
 
 def _make_and_multiply(x_ref, stored_refs, y_ref, *, make, transposed) -> None:
     """Makes the tile of the weight for the only tile of rows, without storing it."""
-    weight = make(*(ref[...] for ref in stored_refs))
+    weight = make(*(ref[...] for ref in stored_refs), x_ref.dtype)
     y_ref[...] = _multiply(x_ref[...], weight, transposed)
 
 
@@ -174,7 +217,7 @@ def _make_once(x_ref, stored_refs, y_ref, weight_ref, *, make, transposed) -> No
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        weight_ref[...] = make(*(ref[...] for ref in stored_refs))
+        weight_ref[...] = make(*(ref[...] for ref in stored_refs), x_ref.dtype)
         y_ref[...] = _multiply(x_ref[...], weight_ref[...], transposed)
 
     @pl.when(pl.program_id(1) > 0)

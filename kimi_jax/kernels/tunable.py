@@ -28,6 +28,7 @@ class Tunable(NamedTuple):
       run: calls the operation on operands with tiles.
       cost: of a case and tiles: operations with those that are masked or padding, and bytes with
         those fetched again; None where the compiler counts rightly.
+      is_tabulated: whether its tiles belong in the tables; not where it is only a comparison.
     """
 
     shape: Callable[[Any], dict[str, int]]
@@ -36,3 +37,4 @@ class Tunable(NamedTuple):
     frequencies: Callable[[Any, str, Tiles], Mapping[str, Sequence[float]]]
     run: Callable[[dict[str, Any], Tiles], Any]
     cost: Callable[[Any, Tiles], Cost] | None = None
+    is_tabulated: bool = True

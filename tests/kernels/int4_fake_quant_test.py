@@ -7,6 +7,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 from kimi_jax.configs.compute import Implementation
+from kimi_jax.kernels import stationary
 from kimi_jax.kernels.int4_fake_quant import cases, int4_fake_quant, pallas_tpu, xla
 from kimi_jax.parallel.per_shard import per_shard
 from tests.support.gradients import (
@@ -16,7 +17,7 @@ from tests.support.gradients import (
     value_and_gradients,
 )
 
-_SMALL_TILES = {"rows": 16, "outputs": 128}
+_TILES = stationary.Tiles(rows=16, outputs=128)
 
 
 def _kernel(x, w, group_size=32, **options):
@@ -54,9 +55,10 @@ class Int4FakeQuantTest(parameterized.TestCase):
 
     def test_a_weight_rounded_once_serves_all_tiles_of_rows(self):
         x, w, d_y = _inputs(cases.TOY["two_tiles_each_way"])
-        fn = functools.partial(_kernel, tiles=_SMALL_TILES)
+        fn = functools.partial(_kernel, tiles=_TILES._asdict())
         self._check(fn, x, w, d_y, 32, FLOAT32_TOLERANCE)
-        d_x = pallas_tpu.int4_fake_quant_transposed(d_y, w, 32, tiles=_SMALL_TILES, interpret=True)
+        weight = pallas_tpu.weight(w.astype(jnp.bfloat16), 32, interpret=True)
+        d_x = stationary.multiply(d_y, weight, transposed=True, tiles=_TILES, interpret=True)
         assert_close(d_x, np.asarray(d_y) @ _rounded(w, 32).T, FLOAT32_TOLERANCE)
 
     def _check(self, fn, x, w, d_y, group_size, tolerance):

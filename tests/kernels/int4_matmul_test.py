@@ -7,6 +7,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 from kimi_jax.configs.compute import Implementation
+from kimi_jax.kernels import stationary
 from kimi_jax.kernels.int4_matmul import cases, int4_matmul, pallas_tpu, xla
 from kimi_jax.parallel.per_shard import per_shard
 from kimi_jax.quantization.int4 import Int4Weight
@@ -18,7 +19,7 @@ from tests.support.gradients import (
 )
 
 _KERNEL = functools.partial(pallas_tpu.int4_matmul, interpret=True)
-_SMALL_TILES = {"rows": 16, "outputs": 128}
+_TILES = stationary.Tiles(rows=16, outputs=128)
 
 
 def _written_out(w):
@@ -51,9 +52,11 @@ class Int4MatmulTest(parameterized.TestCase):
 
     def test_a_weight_made_once_serves_all_tiles_of_rows(self):
         x, w, d_y = _inputs(cases.TOY["two_tiles_each_way"], jnp.float32)
-        fn = functools.partial(_KERNEL, tiles=_SMALL_TILES)
+        fn = functools.partial(_KERNEL, tiles=_TILES._asdict())
         self._check(fn, x, w, d_y, FLOAT32_TOLERANCE)
-        d_x = pallas_tpu.int4_matmul_transposed(d_y, w, tiles=_SMALL_TILES, interpret=True)
+        d_x = stationary.multiply(
+            d_y, pallas_tpu.weight(w), transposed=True, tiles=_TILES, interpret=True
+        )
         assert_close(d_x, np.asarray(d_y) @ _written_out(w).T, FLOAT32_TOLERANCE)
 
     def _check(self, fn, x, w, d_y, tolerance):

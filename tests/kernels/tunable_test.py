@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from unittest import mock
@@ -9,10 +10,14 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 import kimi_jax.kernels
-from kimi_jax.kernels import tile_table
+from kimi_jax.kernels import int4_cases, tile_table
 from kimi_jax.kernels.grouped_matmul import cases as grouped_cases
 from kimi_jax.kernels.grouped_matmul import pallas_tpu as grouped
 from kimi_jax.kernels.grouped_matmul import pallas_tpu_tuning as grouped_tuning
+from kimi_jax.kernels.int4_fake_quant import pallas_tpu as int4_fake_quant
+from kimi_jax.kernels.int4_fake_quant import pallas_tpu_tuning as fake_quant_tuning
+from kimi_jax.kernels.int4_matmul import pallas_tpu as int4_matmul
+from kimi_jax.kernels.int4_matmul import pallas_tpu_tuning as int4_tuning
 from kimi_jax.kernels.mla_attention import cases as attention_cases
 from kimi_jax.kernels.mla_attention import pallas_tpu as attention
 from kimi_jax.kernels.mla_attention import pallas_tpu_tuning as attention_tuning
@@ -96,6 +101,26 @@ class TunableTest(parameterized.TestCase):
         )
         self.assertEqual(asked, [(kernel, tunable.shape(case))])
 
+    @parameterized.parameters(
+        (int4_tuning, int4_matmul.int4_matmul),
+        (fake_quant_tuning, functools.partial(int4_fake_quant.int4_fake_quant, group_size=32)),
+    )
+    def test_int4_products_look_their_tiles_up_by_what_they_are_tabulated_by(self, tuning, product):
+        case = int4_cases.TOY["odd_rows_and_outputs"]
+        given = jax.eval_shape(lambda: tuning.cases.operands(case, jax.random.key(0)))
+
+        def both_passes(x, w):
+            y, pull_back = jax.vjp(lambda x: product(x, w), x)
+            return pull_back(y)
+
+        expected = [
+            (kernel, tunable.shape(case))
+            for kernel, tunable in tuning.TUNABLE.items()
+            if tunable.is_tabulated
+        ]
+        asked = self._looked_up(lambda: jax.eval_shape(both_passes, **given))
+        self.assertEqual(asked, expected)
+
     def test_candidates_are_tiles_that_differ_and_each_has_frequencies(self):
         names = []
         for package, kernel, tunable in _tunables():
@@ -111,7 +136,7 @@ class TunableTest(parameterized.TestCase):
             {"int4_matmul", "mla_attention_backward", "mla_decode", "grouped_matmul_forward"}, names
         )
 
-    @parameterized.parameters("v5p", "v6e")
+    @parameterized.parameters("v5p", "v6e", "tpu7x")
     def test_tabulated_tiles_are_candidates_of_their_case_and_so_fit_the_chip(self, chip):
         candidates = collections.defaultdict(list)
         for package, kernel, tunable in _tunables():

@@ -30,7 +30,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kimi_jax.core.platform import target_chip
-from kimi_jax.kernels import tpu
+from kimi_jax.kernels import tpu, tpu_int4
 from kimi_jax.kernels.grouped_matmul import tpu_tiles, visits
 from kimi_jax.kernels.grouped_matmul.gradients import differentiable
 from kimi_jax.kernels.grouped_matmul.tpu_tiles import (
@@ -43,8 +43,6 @@ from kimi_jax.kernels.products import dot
 from kimi_jax.quantization.int4 import CODES_PER_WORD, Int4Weight
 
 F32 = jnp.float32
-
-_SIGNS = -0x77777778  # 0x88888888: turns nibbles of code + 8 into two's complement
 
 
 def forward(
@@ -211,7 +209,7 @@ def _multiply_kernel(*refs, part: int, contract: int, packed: bool):
         @pl.when(new_group)
         def _():
             # In one block with a product, which hides most of the arithmetic.
-            w[...] = _dequantise(*matrix, w.dtype)
+            w[...] = tpu_int4.dequantize(*(ref[...] for ref in matrix), w.dtype)
             multiply(first)
 
         first = jnp.where(new_group, first + 1, first)
@@ -259,17 +257,6 @@ def _part(i: Array, part: int, begin: Array, end: Array):
 def _for_each(first: Array, stop: Array, run) -> None:
     """Calls run(i) for each i from `first` to before `stop`."""
     jax.lax.fori_loop(first, stop, lambda i, carry: (run(i), carry)[1], 0)
-
-
-def _dequantise(codes, scales, dtype: Any) -> Array:
-    """Returns the values of a tile, as `quantization.int4.dequantize` does."""
-    exact = dtype == jnp.bfloat16 and tpu.facts(target_chip()).bfloat16_vectors
-    arithmetic = jnp.bfloat16 if exact else F32
-    values = pltpu.bitcast(codes[...] ^ jnp.int32(_SIGNS), jnp.int4).astype(arithmetic)
-    num_groups, width = scales.shape
-    values = values.reshape(num_groups, -1, width)
-    values = values * scales[...].astype(arithmetic)[:, None, :]
-    return values.reshape(-1, width).astype(dtype)
 
 
 def _params(semantics: tuple[str, ...]) -> pltpu.CompilerParams:

@@ -1,38 +1,15 @@
 """Shapes that the product with a rounded weight is tested, timed and tuned with."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kimi_jax.kernels import int4_cases
 from kimi_jax.kernels.cost import Cost
-from kimi_jax.quantization import int4
+from kimi_jax.kernels.int4_cases import Case
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """Rows of activations, sizes of the weight, and weights that share a scale."""
-
-    rows: int
-    inputs: int
-    outputs: int
-    group_size: int = int4.GROUP_SIZE
-
-
-TOY = {
-    "one_row": Case(rows=1, inputs=256, outputs=128),
-    "odd_rows_and_outputs": Case(rows=19, inputs=96, outputs=200),
-    "two_tiles_each_way": Case(rows=40, inputs=512, outputs=256),
-    "large_groups": Case(rows=16, inputs=384, outputs=130, group_size=64),
-    "small_groups": Case(rows=16, inputs=64, outputs=130, group_size=8),
-}
-# An expert of Kimi K2 in training: up and gate, then down; rows of a micro-batch.
-KIMI_K2 = {
-    f"train_{rows}_{name}": Case(rows=rows, inputs=inputs, outputs=outputs)
-    for name, inputs, outputs in (("up", 7168, 2048), ("down", 2048, 7168))
-    for rows in (1024, 4096)
-}
+TOY = int4_cases.TOY | {"small_groups": Case(rows=16, inputs=64, outputs=130, group_size=8)}
+KIMI_K2 = int4_cases.of_experts({"train": (1024, 4096)})  # rows of a micro-batch
 
 
 def operands(case: Case, key: Array) -> dict:

@@ -7,22 +7,20 @@ which on v6e is as long as the matrix unit takes for 700 rows of x.
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kimi_jax.core.param_spec import Leaf
 from kimi_jax.core.platform import target_chip
 from kimi_jax.kernels import stationary, tpu
-from kimi_jax.kernels.int4_fake_quant import cases
-from kimi_jax.kernels.int4_fake_quant.cases import Case
 from kimi_jax.kernels.products import dot
-from kimi_jax.kernels.stationary import Shape, Tiles
-from kimi_jax.kernels.tpu import BFLOAT16_ROWS, LANES, up_to_multiple
-from kimi_jax.kernels.tunable import Tunable
-from kimi_jax.quantization.int4 import GROUP_SIZE, LARGEST_CODE, SMALLEST_SCALE
+from kimi_jax.kernels.stationary import Tiles, Weight
+from kimi_jax.kernels.tpu import BFLOAT16_ROWS
+from kimi_jax.quantization.int4 import LARGEST_CODE, SMALLEST_SCALE
 
-_INPUTS = 256  # whole vectors, and whole tiles of the transposed product
 # float32 numbers between 2^23 and 2^24 are the integers, those between 2^11 and 2^12 the multiples
 # of 2^-12. Adding and subtracting 1.5 times the lower end rounds to them, ties to even.
 _INTEGERS = 1.5 * 2.0**23
@@ -49,24 +47,12 @@ def int4_fake_quant(
     return _int4_fake_quant(x, w, group_size, None if tiles is None else Tiles(**tiles), interpret)
 
 
-def int4_fake_quant_transposed(
-    d_y: Float[Array, "W N"],
-    w: Float[Array, "K N"],
-    group_size: int,
-    *,
-    tiles: Mapping[str, int] | None = None,
-    interpret: bool = False,
-) -> Float[Array, "W K"]:
-    """Returns d_y q^T, the gradient of x; a tile's `outputs` are rows of w."""
-    given = None if tiles is None else Tiles(**tiles)
-    return _product(d_y, w, group_size, transposed=True, tiles=given, interpret=interpret)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _int4_fake_quant(
     x: Array, w: Array, group_size: int, tiles: Tiles | None, interpret: bool
 ) -> Array:
-    return _product(x, w, group_size, transposed=False, tiles=tiles, interpret=interpret)
+    rounded = weight(w.astype(jnp.bfloat16), group_size, interpret=interpret)
+    return stationary.multiply(x, rounded, transposed=False, tiles=tiles, interpret=interpret)
 
 
 def _forward(x: Array, w: Array, group_size: int, tiles: Tiles | None, interpret: bool):
@@ -76,50 +62,27 @@ def _forward(x: Array, w: Array, group_size: int, tiles: Tiles | None, interpret
 def _backward(group_size: int, tiles: Tiles | None, interpret: bool, residuals, d_y: Array):
     del tiles  # of the forward product
     x, w = residuals
-    d_x = _product(d_y, w, group_size, transposed=True, tiles=None, interpret=interpret)
+    rounded = weight(w.astype(jnp.bfloat16), group_size, interpret=interpret)
+    d_x = stationary.multiply(d_y, rounded, transposed=True, tiles=None, interpret=interpret)
     return d_x, dot(x, d_y, 0, 0).astype(w.dtype)
 
 
 _int4_fake_quant.defvjp(_forward, _backward)
 
 
-def _shape(rows: int, contracted: int, outputs: int) -> Shape:
-    return Shape(rows, contracted, outputs, stored_bytes=contracted * 2)
-
-
-def _product(
-    x: Array,
-    w: Array,
-    group_size: int,
-    *,
-    transposed: bool,
-    tiles: Tiles | None,
-    interpret: bool,
-) -> Array:
-    """Pads everything to whole tiles, multiplies, and cuts the result."""
-    inputs, outputs = w.shape
-    name = "int4_fake_quant_transposed" if transposed else "int4_fake_quant"
-    sizes = {"rows": x.shape[0], "inputs": inputs, "outputs": outputs}
-    inputs = up_to_multiple(inputs, max(_INPUTS, group_size))
-    outputs = up_to_multiple(outputs, LANES)
-    contracted, results = (outputs, inputs) if transposed else (inputs, outputs)
-    if tiles is None:
-        tiles = stationary.choose(name, sizes, _shape(x.shape[0], contracted, results))
-    rows = up_to_multiple(x.shape[0], tiles.rows)
-    y = stationary.product(
-        stationary.pad(x, rows, contracted),
-        (stationary.pad(w.astype(jnp.bfloat16), inputs, outputs),),
-        functools.partial(_round, group_size=group_size, dtype=x.dtype, interpret=interpret),
-        outputs=results,
-        transposed=transposed,
-        tiles=tiles,
-        name=name,
-        interpret=interpret,
+def weight(w: Leaf, group_size: int, *, interpret: bool = False) -> Weight:
+    """Returns the weight as it is made from w, in bfloat16; also by shape and dtype alone."""
+    return Weight(
+        name="int4_fake_quant",
+        stored=(w,),
+        zeros=(0,),
+        inputs=w.shape[0],
+        group_size=group_size,
+        make=functools.partial(_round, group_size=group_size, interpret=interpret),
     )
-    return y[: x.shape[0], : sizes["inputs" if transposed else "outputs"]]
 
 
-def _round(w: Array, *, group_size: int, dtype, interpret: bool) -> Array:
+def _round(w: Array, dtype: Any, *, group_size: int, interpret: bool) -> Array:
     """Quantises and dequantises [rows, columns] in bfloat16, groups along the rows."""
     groups = w.reshape(-1, group_size, w.shape[1])
     # 1 / 7 in float32 instead of a division: no bfloat16 number is so near to seven times the
@@ -148,31 +111,3 @@ def _nearest_codes(quotients: Array, interpret: bool) -> Array:
     if interpret:
         return jnp.round(jnp.round(quotients * 2.0**12) * 2.0**-12)
     return ((quotients + _TIE_GRID) + (_INTEGERS - _TIE_GRID)) - _INTEGERS
-
-
-def _tunable(transposed: bool) -> Tunable:
-    kernel = int4_fake_quant_transposed if transposed else int4_fake_quant
-
-    def operands(case: Case, key: Array) -> dict:
-        given = cases.operands(case, key)
-        x = jnp.zeros((case.rows, case.outputs), given["x"].dtype) if transposed else given["x"]
-        return given | {"x": x}
-
-    def candidates(case: Case, chip: str) -> list[dict[str, int]]:
-        ends = (case.inputs, case.outputs)
-        contracted, outputs = reversed(ends) if transposed else ends
-        return stationary.candidates(_shape(case.rows, contracted, outputs), chip)
-
-    def frequencies(case: Case, chip: str, tiles: Mapping[str, int]) -> dict:
-        return {kernel.__name__: stationary.branch_shares(case.rows, Tiles(**tiles))}
-
-    return Tunable(
-        shape=lambda case: {"rows": case.rows, "inputs": case.inputs, "outputs": case.outputs},
-        operands=operands,
-        candidates=candidates,
-        frequencies=frequencies,
-        run=lambda operands, tiles: kernel(operands["x"], operands["w"], GROUP_SIZE, tiles=tiles),
-    )
-
-
-TUNABLE = {"int4_fake_quant": _tunable(False), "int4_fake_quant_transposed": _tunable(True)}
