@@ -5,7 +5,7 @@
 For a TPU, which need not be there (extra `aot`), every choice of tiles is compiled and ranked by
 the compiler's final schedule: max(bundles / clock, operations / peak, bytes / bandwidth). Such a
 prediction ranks; it is no measurement. For a GPU, which must be there, every choice is timed. The
-best of each case goes into kimi_jax/kernels/tile_tables/<chip>.json, beside what that holds.
+best of each case goes into kimi_jax/kernels/tile_tables/<chip>.json, if that holds no better one.
 """
 
 import importlib
@@ -24,6 +24,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tile_entries import Entry, merge, to_text
 
 import kimi_jax.kernels
 from kimi_jax.analysis import costs, schedules
@@ -38,6 +39,12 @@ _TILES = flags.DEFINE_string("tiles", ".*", "choices that match, as the table pr
 _SHOWN = flags.DEFINE_integer("shown", 3, "choices shown for each case", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", None, "table to write; the package's otherwise")
 _WRITE = flags.DEFINE_bool("write", True, "whether to write the table")
+_REPLACE = flags.DEFINE_bool(
+    "replace",
+    False,
+    "whether what is found replaces entries that are as fast, as it must where a kernel has become "
+    "slower",
+)
 flags.mark_flag_as_required("chip")
 
 _TABLES = pathlib.Path(kimi_jax.kernels.__path__[0]) / "tile_tables"
@@ -77,6 +84,9 @@ def main(argv: list[str]) -> None:
         results = _run_all(list(_jobs(chip)), run, console)
     _print(results, chip, console)
     if _WRITE.value:
+        for entry in _write(_found(results), _file()):
+            line = f"not written, the table has as fast a one (--replace): {json.dumps(entry)}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
         console.print(f"written: {_file()}")
 
 
@@ -126,7 +136,7 @@ def _run_all(jobs: list[Job], run: Callable[[Job], Result], console: Console) ->
                 _report_failure(results[-1], console)
                 progress.advance(task)
             if _WRITE.value:
-                _write(results, _file())
+                _write(_found(results), _file())
     return results
 
 
@@ -242,25 +252,29 @@ def _print(results: list[Result], chip: str, console: Console) -> None:
     console.print(table)
 
 
-def _write(results: list[Result], file: pathlib.Path) -> None:
-    """Puts the best of each case into the table, in place of what stood there for its shape."""
-    old = json.loads(file.read_text()) if file.is_file() else []
-    entries = {(e["kernel"], *sorted(e["shape"].items())): e for e in old}
-    for group in _by_case(results).values():
-        best = group[0]
-        if best.seconds is None or not best.job.tunable.is_tabulated:
-            continue
-        shape = best.job.tunable.shape(best.job.case)
-        entries[(best.job.kernel, *sorted(shape.items()))] = {
-            "kernel": best.job.kernel,
-            "shape": shape,
-            "tiles": best.job.tiles,
-            "microseconds": round(best.seconds * _MICRO, 1),
+def _found(results: list[Result]) -> list[Entry]:
+    """Returns the best of each case as an entry of the table."""
+    best = [group[0] for group in _by_case(results).values()]
+    return [
+        {
+            "kernel": result.job.kernel,
+            "shape": result.job.tunable.shape(result.job.case),
+            "tiles": result.job.tiles,
+            "microseconds": round(result.seconds * _MICRO, 1),
             "how": "timed" if _CHIP.value in topologies.GPU_KINDS else "schedule",
         }
+        for result in best
+        if result.seconds is not None and result.job.tunable.is_tabulated
+    ]
+
+
+def _write(found: list[Entry], file: pathlib.Path) -> list[Entry]:
+    """Puts what was found into the table, and returns what did not get there."""
+    old = json.loads(file.read_text()) if file.is_file() else []
+    entries = merge(old, found, replace=_REPLACE.value)
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"  {json.dumps(entries[key])}" for key in sorted(entries, key=str))
-    file.write_text(f"[\n{lines}\n]\n")
+    file.write_text(to_text(entries))
+    return [entry for entry in found if entry not in entries]
 
 
 if __name__ == "__main__":
