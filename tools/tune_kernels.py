@@ -4,8 +4,11 @@
 
 For a TPU, which need not be there (extra `aot`), every choice of tiles is compiled and ranked by
 the compiler's final schedule: max(bundles / clock, operations / peak, bytes / bandwidth). Such a
-prediction ranks; it is no measurement. For a GPU, which must be there, every choice is timed. The
-best of each case goes into kimi_jax/kernels/tile_tables/<chip>.json, if that holds no better one.
+prediction ranks; it is no measurement. The clock of tpu7x is taken to be v6e's: its times compare
+tiles, not chips. For a GPU, which must be there, every choice is timed.
+
+The best of each case goes into kimi_jax/kernels/tile_tables/<chip>.json, if that holds no better
+one.
 """
 
 import importlib
