@@ -56,7 +56,10 @@ class TunableTest(parameterized.TestCase):
     def _looked_up(self, call):
         """Returns what a call asks the tables for."""
         asked = []
-        record = lambda kernel, **shape: asked.append((kernel, shape))  # noqa: E731
+
+        def record(kernel, **shape):
+            asked.append((kernel, shape))
+
         with mock.patch.object(tile_table, "tiles", side_effect=record):
             call()
         return asked
@@ -115,7 +118,10 @@ class TunableTest(parameterized.TestCase):
         document = np.arange(4096) * 3 // 4096
         causal = np.tril(np.ones((4096, 4096), bool))
         visible = causal & (document[:, None] == document)
-        cells = lambda mask: mask.reshape(4096 // queries, queries, 4096 // keys, keys)  # noqa: E731
+
+        def cells(mask):
+            return mask.reshape(4096 // queries, queries, 4096 // keys, keys)
+
         met, some, all_ = (
             cells(causal).any((1, 3)).sum(),
             cells(visible).any((1, 3)).sum(),

@@ -18,8 +18,6 @@ from tests.support import tiny
 _GROUP = 8
 _PLAN = transformer.specs(tiny.MODEL)
 _QUICK = {"xla_backend_optimization_level": 0}
-
-
 _INT4 = {"format": WeightFormat.INT4, "group_size": _GROUP}
 _PLAIN = tiny.experiment()
 _ROUNDED = tiny.experiment(quantization=_INT4)
@@ -35,6 +33,19 @@ def _round_experts(params):
     return map_specs(convert, _PLAN, params)
 
 
+@functools.cache
+def _loss_and_gradients(config):
+    """One program for all tests of a configuration: compiling takes nearly all of the time."""
+
+    def share(params, batch):
+        options = {"config": config.model, "choices": config.compute}
+        rounded = transformer.quantize(params, quantization=config.quantization, **options)
+        constants = (jnp.sum(batch.weights), rounded)
+        return steps.batch_share_of_loss(params, batch, config=config, constants=constants)
+
+    return jax.jit(jax.value_and_grad(share, has_aux=True), compiler_options=_QUICK)
+
+
 class QuantizedStepTest(parameterized.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -44,18 +55,9 @@ class QuantizedStepTest(parameterized.TestCase):
         cls.params = jax.jit(functools.partial(initialize, plan=_PLAN))(jax.random.key(1))
         cls.on_grid = jax.jit(_round_experts)(cls.params)
 
-    @functools.cache  # noqa: B019
-    def _compiled(self, config):
-        def share(params, batch):
-            options = {"config": config.model, "choices": config.compute}
-            rounded = transformer.quantize(params, quantization=config.quantization, **options)
-            constants = (jnp.sum(batch.weights), rounded)
-            return steps.batch_share_of_loss(params, batch, config=config, constants=constants)
-
-        return jax.jit(jax.value_and_grad(share, has_aux=True), compiler_options=_QUICK)
-
     def _gradients(self, config, params):
-        (loss, (_, stats)), gradients = self._compiled(config)(params, tiny.batch(self.mesh))
+        batch = tiny.batch(self.mesh)
+        (loss, (_, stats)), gradients = _loss_and_gradients(config)(params, batch)
         return jax.device_get((loss, stats, gradients))
 
     def test_experts_on_the_grid_train_as_if_nothing_were_rounded(self):
