@@ -1,4 +1,5 @@
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 from kimi_jax.configs.compute import Implementation
-from kimi_jax.kernels import stationary
+from kimi_jax.kernels import stationary, tpu_int4
 from kimi_jax.kernels.int4_matmul import cases, int4_matmul, pallas_tpu, xla
 from kimi_jax.parallel.per_shard import per_shard
 from kimi_jax.quantization.int4 import Int4Weight
@@ -20,6 +21,7 @@ from tests.support.gradients import (
 
 _KERNEL = functools.partial(pallas_tpu.int4_matmul, interpret=True)
 _TILES = stationary.Tiles(rows=16, outputs=128)
+_CHIPS = ("v5p", "v6e")  # the first computes in float32, the second in bfloat16
 
 
 def _written_out(w):
@@ -66,12 +68,14 @@ class Int4MatmulTest(parameterized.TestCase):
         assert_close(value, x @ matrix, tolerance)
         assert_close(d_x, d_y @ matrix.T, tolerance)
 
-    def test_every_code_and_its_scale_come_out_exactly(self):
+    @parameterized.parameters(*_CHIPS)
+    def test_every_code_and_its_scale_come_out_exactly(self, chip):
         codes = np.arange(256 * 128).reshape(256, 128) % 15 - 7
         words = ((codes + 8).reshape(32, 8, 128) << (4 * np.arange(8))[:, None]).sum(1)
         scales = jax.random.uniform(jax.random.key(5), (8, 128), jnp.bfloat16, 0.5, 2.0)
         w = Int4Weight(codes=jnp.asarray(words.astype(np.uint32).view(np.int32)), scales=scales)
-        actual = jax.jit(_KERNEL)(jnp.eye(256, dtype=jnp.bfloat16), w)
+        with mock.patch.object(tpu_int4, "target_chip", return_value=chip):
+            actual = _KERNEL(jnp.eye(256, dtype=jnp.bfloat16), w)
         expected = (codes * np.repeat(np.asarray(scales, np.float32), 32, axis=0)).astype(
             jnp.bfloat16
         )

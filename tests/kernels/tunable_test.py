@@ -62,7 +62,10 @@ class TunableTest(parameterized.TestCase):
     def _looked_up(self, call):
         """Returns what a call asks the tables for."""
         asked = []
-        record = lambda kernel, **shape: asked.append((kernel, shape))  # noqa: E731
+
+        def record(kernel, **shape):
+            asked.append((kernel, shape))
+
         with mock.patch.object(tile_table, "tiles", side_effect=record):
             call()
         return asked
@@ -121,6 +124,14 @@ class TunableTest(parameterized.TestCase):
         asked = self._looked_up(lambda: jax.eval_shape(both_passes, **given))
         self.assertEqual(asked, expected)
 
+    @parameterized.parameters(int4_tuning, fake_quant_tuning)
+    def test_int4_products_with_given_tiles_look_nothing_up(self, tuning):
+        case, tiles = int4_cases.TOY["two_tiles_each_way"], {"rows": 16, "outputs": 128}
+        for tunable in tuning.TUNABLE.values():
+            given = jax.eval_shape(functools.partial(tunable.operands, case), jax.random.key(0))
+            run = functools.partial(tunable.run, tiles=tiles)
+            self.assertEqual(self._looked_up(functools.partial(jax.eval_shape, run, given)), [])
+
     def test_candidates_are_tiles_that_differ_and_each_has_frequencies(self):
         names = []
         for package, kernel, tunable in _tunables():
@@ -153,7 +164,10 @@ class TunableTest(parameterized.TestCase):
         document = np.arange(4096) * 3 // 4096
         causal = np.tril(np.ones((4096, 4096), bool))
         visible = causal & (document[:, None] == document)
-        cells = lambda mask: mask.reshape(4096 // queries, queries, 4096 // keys, keys)  # noqa: E731
+
+        def cells(mask):
+            return mask.reshape(4096 // queries, queries, 4096 // keys, keys)
+
         met, some, all_ = (
             cells(causal).any((1, 3)).sum(),
             cells(visible).any((1, 3)).sum(),
