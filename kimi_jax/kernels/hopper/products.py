@@ -1,8 +1,8 @@
 """Products of rows with matrices on Hopper GPUs, as programs that stay on their multiprocessor.
 
-Each program of a grid of `NUM_BLOCKS` takes result tiles ("units") in turn. One of its warpgroups
-copies blocks of the factors to a ring in shared memory, without a pause from unit to unit; two
-others multiply, each 64 of a tile's 128 rows, with sums in float32 in registers.
+Each program of a grid of `MULTIPROCESSORS` takes result tiles ("units") in turn. One of its
+warpgroups copies blocks of the factors to a ring in shared memory, without a pause from unit to
+unit; two others multiply, each 64 of a tile's 128 rows, with sums in float32 in registers.
 """
 
 import functools
@@ -15,10 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
-from kimi_jax.kernels import hopper
+from kimi_jax.kernels.hopper import program
+from kimi_jax.kernels.hopper.ring import Ring
 
-NUM_BLOCKS = 132  # multiprocessors of an H100 or H200 SXM
-TILE_ROWS = hopper.COMPUTE * hopper.ROWS
 ALIGNMENT = 8  # rows; copies of swizzled blocks start at multiples of it
 
 
@@ -43,15 +42,15 @@ def cut(group_sizes: Int[Array, "E"], num_rows: int) -> Tiles:
     end = jnp.cumsum(group_sizes)
     begin = end - group_sizes
     aligned = begin - begin % ALIGNMENT
-    tiles_of_group = jnp.where(group_sizes > 0, -((aligned - end) // TILE_ROWS), 0)
+    tiles_of_group = jnp.where(group_sizes > 0, -((aligned - end) // program.TILE), 0)
     last_tile = jnp.cumsum(tiles_of_group)
-    most = (num_rows + num_groups * (TILE_ROWS + ALIGNMENT)) // TILE_ROWS
+    most = (num_rows + num_groups * (program.TILE + ALIGNMENT)) // program.TILE
     index = jnp.arange(most, dtype=group_sizes.dtype)
     group = jnp.sum(index[:, None] >= last_tile[None, :], axis=1, dtype=group_sizes.dtype)
     group = jnp.minimum(group, num_groups - 1)
-    start = aligned[group] + (index - (last_tile - tiles_of_group)[group]) * TILE_ROWS
+    start = aligned[group] + (index - (last_tile - tiles_of_group)[group]) * program.TILE
     first = jnp.maximum(begin[group] - start, 0)
-    size = jnp.minimum(end[group] - start, TILE_ROWS) - first
+    size = jnp.minimum(end[group] - start, program.TILE) - first
     return Tiles(count=last_tile[-1:], group=group, start=start, first=first, size=size)
 
 
@@ -93,7 +92,7 @@ class Parts(Protocol):
         """Stores the sums."""
 
 
-def run(num_units: Array | int, ring: hopper.Ring, parts: Parts) -> None:
+def run(num_units: Array | int, ring: Ring, parts: Parts) -> None:
     """Computes this program's share of the units.
 
     Args:
@@ -119,10 +118,10 @@ def run(num_units: Array | int, ring: hopper.Ring, parts: Parts) -> None:
         for_units(lambda unit, done: _compute(parts, ring, unit, warpgroup, done))
         plgpu.wait_smem_to_gmem(0)
 
-    hopper.specialise(compute, copy)
+    program.specialise(compute, copy)
 
 
-def _fill(parts: Parts, ring: hopper.Ring, unit: Any, done: Array) -> Array:
+def _fill(parts: Parts, ring: Ring, unit: Any, done: Array) -> Array:
     """Fills slots with a unit's blocks, each once it is free; returns the blocks copied so far."""
     slots = ring.full.shape[0]
 
@@ -139,7 +138,7 @@ def _fill(parts: Parts, ring: hopper.Ring, unit: Any, done: Array) -> Array:
     return jax.lax.fori_loop(0, unit.steps, step_of, done)
 
 
-def _compute(parts: Parts, ring: hopper.Ring, unit: Any, warpgroup: Array, done: Array) -> Array:
+def _compute(parts: Parts, ring: Ring, unit: Any, warpgroup: Array, done: Array) -> Array:
     """Sums a unit's products and stores them; returns the number of blocks used so far."""
     slots = ring.full.shape[0]
 
@@ -204,8 +203,8 @@ def row_unit(tiles: Tiles, number: Array, num_groups: int, columns: tuple[int, i
 
 def copy_rows(x: Any, start: Array, columns: Any, to: Any, barrier: Any) -> None:
     """Starts the two copies of a tile's rows, 64 for each warpgroup."""
-    for half in range(hopper.COMPUTE):
-        rows = pl.ds(start + half * hopper.ROWS, hopper.ROWS)
+    for half in range(program.COMPUTE):
+        rows = pl.ds(start + half * program.ROWS, program.ROWS)
         plgpu.copy_gmem_to_smem(x.at[rows, columns], to.at[half], barrier)
 
 
@@ -219,23 +218,13 @@ def store_rows(tiles: Tiles, unit: RowUnit, half: Array, sums: Array, to: tuple[
       sums: [64, columns].
       to: [2, 64, n] in shared memory, and the result.
     """
-    above = half * hopper.ROWS
+    above = half * program.ROWS
     first = tiles.first[unit.tile] - above
-    begin = jnp.clip(first, 0, hopper.ROWS)
-    end = jnp.clip(first + tiles.size[unit.tile], 0, hopper.ROWS)
+    begin = jnp.clip(first, 0, program.ROWS)
+    end = jnp.clip(first + tiles.size[unit.tile], 0, program.ROWS)
     rows = Rows(start=unit.start + above, first=begin, size=end - begin)
     staged, y = to
     store(sums, staged.at[half], y, rows, unit.column)
-
-
-def keep_rows(block: Any, first: Array, end: Array) -> None:
-    """Clears the rows of a block in shared memory before `first` and from `end` on."""
-    num_rows, width = block.shape
-    row = jax.lax.broadcasted_iota(jnp.int32, (num_rows, hopper.ROWS), 0)
-    row = plgpu.layout_cast(row, plgpu.Layout.WGMMA)
-    for left in range(0, width, hopper.ROWS):
-        part = block.at[:, left : left + hopper.ROWS]
-        part[...] = jnp.where((row >= first) & (row < end), part[...], 0)
 
 
 class Rows(NamedTuple):
@@ -274,7 +263,7 @@ def _store_rows(y_smem: Any, y: Any, rows: Rows, column: Array | int) -> None:
 
 def grid(num_units: int) -> dict[str, int]:
     """Returns the grid of a kernel with so many units at most."""
-    return {"block": min(NUM_BLOCKS, num_units)}
+    return {"block": min(program.MULTIPROCESSORS, num_units)}
 
 
 def pad(x: Array, multiples: Sequence[int], value: int = 0) -> Array:
