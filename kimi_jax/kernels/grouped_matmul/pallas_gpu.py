@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.kernels.grouped_matmul.gradients import differentiable
 from kimi_jax.kernels.hopper import int4_products, products, program
 from kimi_jax.kernels.hopper.products import At, RowUnit, Tiles
-from kimi_jax.kernels.hopper.ring import keep_rows, ring_barriers
+from kimi_jax.kernels.hopper.ring import keep_rows, meet, ring_barriers
 from kimi_jax.quantization.int4 import Int4Weight
 
 _SUMMED = 64  # of a block, along the sum: 128 bytes of bfloat16
@@ -159,7 +159,7 @@ class _RowsTimesMatrix(NamedTuple):
         part = (columns, summed) if self.transposed else (summed, columns)
         plgpu.copy_gmem_to_smem(self.w.at[at.unit.group, *part], self.w_blocks.at[at.slot], barrier)
 
-    def begin(self, at: At, warpgroup):
+    def begin(self, done, warpgroup):
         return None
 
     def multiply(self, at: At, warpgroup, sums, state):
@@ -184,6 +184,7 @@ def _sum_rows(x: Array, d_y: Array, group_sizes: Array, interpret: bool) -> Arra
             "x_blocks": plgpu.SMEM((_SLOTS, program.COMPUTE, _SUMMED, program.ROWS), x.dtype),
             "d_y_blocks": plgpu.SMEM((_SLOTS, _SUMMED, strip), x.dtype),
             "staged": plgpu.SMEM((program.COMPUTE, program.ROWS, _STAGED), x.dtype),
+            "cleared": plgpu.Barrier(num_arrivals=program.COMPUTE),
             "ring": ring_barriers(_SLOTS, num_copies=program.COMPUTE + 1),
         },
         grid=products.grid(num_groups * tiles_of_group),
@@ -196,8 +197,8 @@ def _sum_rows(x: Array, d_y: Array, group_sizes: Array, interpret: bool) -> Arra
     )(end - group_sizes, end, x, d_y)
 
 
-def _sum_rows_kernel(*refs, x_blocks, d_y_blocks, staged, ring, strip):
-    parts = _SumOfRows(*refs, x_blocks, d_y_blocks, staged, strip)
+def _sum_rows_kernel(*refs, x_blocks, d_y_blocks, staged, cleared, ring, strip):
+    parts = _SumOfRows(*refs, x_blocks, d_y_blocks, staged, cleared, strip)
     products.run(parts.d_w.shape[0] * parts.tiles_of_group, ring, parts)
 
 
@@ -222,6 +223,7 @@ class _SumOfRows(NamedTuple):
     x_blocks: Any  # [slots, 2, 64, 64]
     d_y_blocks: Any  # [slots, 64, strip]
     staged: Any  # [2, 64, 128]
+    cleared: Any
     strip: int
     unrolled: int = 1
 
@@ -257,7 +259,7 @@ class _SumOfRows(NamedTuple):
         columns = pl.ds(at.unit.column, self.strip)
         plgpu.copy_gmem_to_smem(self.d_y.at[rows, columns], self.d_y_blocks.at[at.slot], barrier)
 
-    def begin(self, at: At, warpgroup):
+    def begin(self, done, warpgroup):
         return None
 
     def multiply(self, at: At, warpgroup, sums, state):
@@ -265,12 +267,14 @@ class _SumOfRows(NamedTuple):
         row = at.unit.start + at.step * _SUMMED
         first, end = self.begin_of[at.unit.group] - row, self.end_of[at.unit.group] - row
 
-        # Both warpgroups write the same d_y, each before it reads any of it.
         @pl.when((first > 0) | (end < _SUMMED))
         def _():
             keep_rows(x, first, end)
-            keep_rows(d_y, first, end)
+            half = self.strip // program.COMPUTE
+            columns = pl.ds(pl.multiple_of(warpgroup * half, half), half)
+            keep_rows(d_y.at[:, columns], first, end)
             plgpu.commit_smem()
+            meet(self.cleared)
 
         plgpu.wgmma(sums, x.transpose((1, 0)), d_y)
 

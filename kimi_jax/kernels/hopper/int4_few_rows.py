@@ -117,8 +117,8 @@ class _FewRows(NamedTuple):
         plgpu.copy_gmem_to_smem(self.memory.x.at[:, columns], self.x_blocks.at[at.slot], barrier)
         self.blocks.fill(self.memory, at, jax.lax.div(step, CODES_PER_WORD))
 
-    def begin(self, at: At, warpgroup):
-        return self.blocks.take(at, warpgroup)
+    def begin(self, done, warpgroup):
+        return self.blocks.take(done, warpgroup)
 
     def multiply(self, at: At, warpgroup, sums, state):
         plane = self.planes.at[jax.lax.rem(at.done, 2), warpgroup]

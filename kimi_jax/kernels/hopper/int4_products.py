@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from kimi_jax.kernels.hopper import products, program
 from kimi_jax.kernels.hopper.products import At, RowUnit, Tiles
-from kimi_jax.kernels.hopper.ring import Ring, ring_barriers
+from kimi_jax.kernels.hopper.ring import Ring, meet, ring_barriers
 from kimi_jax.quantization.int4 import CODES_PER_WORD, GROUP_SIZE, Int4Weight
 
 PLANE = 64  # rows of words that are dequantised together
@@ -198,26 +198,22 @@ class Blocks(NamedTuple):
 
     def fill(self, memory: Memory, at: At, block: Array) -> None:
         """Starts, at the first of eight steps, the copies of a block."""
-        done = jax.lax.div(at.done, CODES_PER_WORD)
-        slot = jax.lax.rem(done, _BLOCK_SLOTS)
 
         @pl.when(jax.lax.rem(at.step, CODES_PER_WORD) == 0)
         def _():
-            @pl.when(done >= _BLOCK_SLOTS)
-            def _():
-                plgpu.barrier_wait(self.ring.empty.at[slot])
-
+            slot = self.ring.await_free(jax.lax.div(at.done, CODES_PER_WORD))
             columns = pl.ds(at.unit.column, STRIP)
             to = self.words.at[slot], self.scales.at[slot]
             memory.copy_block(at.unit.group, block, columns, to, self.ring.full.at[slot])
 
-    def take(self, at: At, warpgroup: Array) -> tuple[Array, Array]:
+    def take(self, done: Array, warpgroup: Array) -> tuple[Array, Array]:
         """Returns a warpgroup's 64 columns of words and scales, in registers."""
-        slot = jax.lax.rem(jax.lax.div(at.done, CODES_PER_WORD), _BLOCK_SLOTS)
         columns = _half(warpgroup)
-        plgpu.barrier_wait(self.ring.full.at[slot])
-        words, scales = self.words[slot, :, columns], self.scales[slot, :, columns]
-        plgpu.barrier_arrive(self.ring.empty.at[slot])
+
+        def read(step, slot, state):
+            return self.words[slot, :, columns], self.scales[slot, :, columns]
+
+        words, scales = self.ring.use_one(jax.lax.div(done, CODES_PER_WORD), None, read)
         return words, scales.astype(jnp.float32)
 
 
@@ -238,8 +234,7 @@ def _meet(ready: Any) -> None:
     """
     plgpu.commit_smem()
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(ready)
-    plgpu.barrier_wait(ready)
+    meet(ready)
 
 
 def _half(warpgroup: Array) -> Any:
@@ -276,8 +271,8 @@ class _Forward(NamedTuple):
 
         self.blocks.fill(self.memory, at, jax.lax.div(at.step, CODES_PER_WORD))
 
-    def begin(self, at: At, warpgroup):
-        return self.blocks.take(at, warpgroup)
+    def begin(self, done, warpgroup):
+        return self.blocks.take(done, warpgroup)
 
     def multiply(self, at: At, warpgroup, sums, state):
         to = jax.lax.rem(at.done, 2)
@@ -326,7 +321,7 @@ class _Transposed(NamedTuple):
             barrier,
         )
 
-    def begin(self, at: At, warpgroup):
+    def begin(self, done, warpgroup):
         return None
 
     def multiply(self, at: At, warpgroup, sums, state):

@@ -82,8 +82,8 @@ class Parts(Protocol):
     def copies(self, at: At, barrier: Any) -> None:
         """Starts the copies of a block; each arrives at the barrier once."""
 
-    def begin(self, at: At, warpgroup: Array) -> Any:
-        """Returns what `multiply` needs of a block and the `unrolled - 1` after it."""
+    def begin(self, done: Array, warpgroup: Array) -> Any:
+        """Returns what `multiply` needs of the `unrolled` blocks after the first `done`."""
 
     def multiply(self, at: At, warpgroup: Array, sums: Any, state: Any) -> None:
         """Adds a block's product to the sums."""
@@ -123,16 +123,10 @@ def run(num_units: Array | int, ring: Ring, parts: Parts) -> None:
 
 def _fill(parts: Parts, ring: Ring, unit: Any, done: Array) -> Array:
     """Fills slots with a unit's blocks, each once it is free; returns the blocks copied so far."""
-    slots = ring.full.shape[0]
 
     def step_of(step: Array, done: Array) -> Array:
-        at = At(unit, step, done, jax.lax.rem(done, slots))
-
-        @pl.when(done >= slots)
-        def _():
-            plgpu.barrier_wait(ring.empty.at[at.slot])
-
-        parts.copies(at, ring.full.at[at.slot])
+        slot = ring.await_free(done)
+        parts.copies(At(unit, step, done, slot), ring.full.at[slot])
         return done + 1
 
     return jax.lax.fori_loop(0, unit.steps, step_of, done)
@@ -140,18 +134,18 @@ def _fill(parts: Parts, ring: Ring, unit: Any, done: Array) -> Array:
 
 def _compute(parts: Parts, ring: Ring, unit: Any, warpgroup: Array, done: Array) -> Array:
     """Sums a unit's products and stores them; returns the number of blocks used so far."""
-    slots = ring.full.shape[0]
 
     def give_back(done: Array) -> None:
-        plgpu.barrier_arrive(ring.empty.at[jax.lax.rem(done - 1, slots)])
+        ring.give_back(done - 1)
 
     def multiply(sums: Any) -> Array:
         def steps(i: Array, done: Array) -> Array:
             state = None
             for part in range(parts.unrolled):
-                at = At(unit, i * parts.unrolled + part, done, jax.lax.rem(done, slots), part)
-                state = parts.begin(at, warpgroup) if part == 0 else state
-                plgpu.barrier_wait(ring.full.at[at.slot])
+                step = i * parts.unrolled + part
+                if part == 0:
+                    state = parts.begin(done, warpgroup)
+                at = At(unit, step, done, ring.await_block(done), part)
                 parts.multiply(at, warpgroup, sums, state)
                 # While this product runs, the slot of the one before is free again.
                 plgpu.wgmma_wait(1)

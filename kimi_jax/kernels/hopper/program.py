@@ -74,7 +74,7 @@ def kernel(
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         cost_estimate=cost,
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),

@@ -26,7 +26,7 @@ def copy_out(sources: Sequence[Any], targets: Sequence[Any]) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def keep_rows(block: Any, first: Array, end: Array) -> None:
+def keep_rows(block: Any, first: Array | int, end: Array) -> None:
     """Clears the rows of a block in shared memory before `first` and from `end` on."""
     num_rows, width = block.shape
     row = jax.lax.broadcasted_iota(jnp.int32, (num_rows, ROWS), 0)
@@ -36,23 +36,44 @@ def keep_rows(block: Any, first: Array, end: Array) -> None:
         part[...] = jnp.where((row >= first) & (row < end), part[...], 0)
 
 
+def meet(barrier: Any) -> None:
+    """Waits until all warpgroups that calculate are here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 class Ring(NamedTuple):
     """Barriers of blocks in shared memory that are filled and emptied in turn."""
 
     full: Any  # [slots]
     empty: Any  # [slots]
 
+    def await_free(self, step: Array) -> Array:
+        """Returns the slot of a step's block, once what it held before is no longer needed."""
+        slot = self._slot(step)
+
+        @pl.when(step >= self.full.shape[0])
+        def _():
+            plgpu.barrier_wait(self.empty.at[slot])
+
+        return slot
+
+    def await_block(self, step: Array) -> Array:
+        """Returns the slot of a step's block, once it is there."""
+        slot = self._slot(step)
+        plgpu.barrier_wait(self.full.at[slot])
+        return slot
+
+    def give_back(self, step: Array) -> None:
+        """Frees the slot of a step's block for this warpgroup."""
+        plgpu.barrier_arrive(self.empty.at[self._slot(step)])
+
     def fill(self, num_steps: Array, copies: Callable[..., None]) -> None:
         """Fills slots; `copies(step, slot, barrier)` starts all copies of a step's block."""
 
         @pl.loop(0, num_steps)
         def _(step):
-            slot = self._slot(step)
-
-            @pl.when(step >= self.full.shape[0])
-            def _():
-                plgpu.barrier_wait(self.empty.at[slot])
-
+            slot = self.await_free(step)
             copies(step, slot, self.full.at[slot])
 
     def use(self, first: Array | int, last: Array, state: Any, visit: Callable[..., Any]) -> Any:
@@ -63,20 +84,15 @@ class Ring(NamedTuple):
 
     def use_one(self, step: Array, state: Any, visit: Callable[..., Any]) -> Any:
         """Returns the state after one step."""
-        slot = self._slot(step)
-        plgpu.barrier_wait(self.full.at[slot])
-        state = visit(step, slot, state)
-        plgpu.barrier_arrive(self.empty.at[slot])
+        state = visit(step, self.await_block(step), state)
+        # Barriers alone do not order what was read without the tensor cores before a copy's writes.
+        plgpu.commit_smem()
+        self.give_back(step)
         return state
 
     def send(self, step: Array, blocks: Any, values: Array) -> None:
         """Gives another warpgroup the block of a step."""
-        slot = self._slot(step)
-
-        @pl.when(step >= self.full.shape[0])
-        def _():
-            plgpu.barrier_wait(self.empty.at[slot])
-
+        slot = self.await_free(step)
         blocks.at[slot][...] = values
         plgpu.barrier_arrive(self.full.at[slot])
 
@@ -86,10 +102,8 @@ class Ring(NamedTuple):
 
     def receive(self, step: Array, blocks: Any) -> Array:
         """Returns the block that another warpgroup sent."""
-        slot = self._slot(step)
-        plgpu.barrier_wait(self.full.at[slot])
-        values = blocks.at[slot][...]
-        plgpu.barrier_arrive(self.empty.at[slot])
+        values = blocks.at[self.await_block(step)][...]
+        self.give_back(step)
         return values
 
     def _slot(self, step: Array) -> Array:

@@ -25,13 +25,13 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.kernels.hopper import program
 from kimi_jax.kernels.hopper import softmax as softmaxes
 from kimi_jax.kernels.hopper.program import COMPUTE, ROWS
-from kimi_jax.kernels.hopper.ring import Ring, copy_in, copy_out, ring_barriers
+from kimi_jax.kernels.hopper.ring import Ring, copy_in, copy_out, keep_rows, meet, ring_barriers
 from kimi_jax.kernels.hopper.softmax import F32, LOG2_E, MASKED
 from kimi_jax.kernels.hopper.sums import Factors, Sum, multiply, zeros
 
 _BLOCK = 64  # positions
 _SLOTS = 2  # of the ring
-_COLUMNS = 64  # that are set to zero at once; a multiple of it may be wide
+_COLUMNS = 64  # that a swizzled block has; a multiple of it may be wide
 _MOST_LATENTS = 512
 _LEAST = 1e-30  # of a sum; that of a split without positions is zero
 
@@ -46,7 +46,7 @@ class _Scratch(NamedTuple):
     k_rope: Any  # [slots, 64, R]
     ring: Ring
     log_sum: Any  # [64]
-    q_done: Any  # whether all warpgroups are done with the queries
+    met: Any  # where the warpgroups that calculate wait for each other
 
 
 def mla_decode(
@@ -108,7 +108,7 @@ def _decode_splits(
         k_rope=plgpu.SMEM((_SLOTS, _BLOCK, rope), dtype),
         ring=ring_barriers(_SLOTS, num_copies=COMPUTE + 1),
         log_sum=plgpu.SMEM((ROWS,), F32),
-        q_done=plgpu.Barrier(num_arrivals=COMPUTE),
+        met=plgpu.Barrier(num_arrivals=COMPUTE),
     )
     pairs = batch * num_heads * latents.shape[1]
     run = program.kernel(
@@ -167,8 +167,7 @@ def _decode_split(*refs, num_splits: int, scale: float, interpret: bool) -> None
             last, place.num_steps, softmax, functools.partial(visit, is_last=True)
         )
         # The output takes the place of the queries, which both warpgroups read.
-        plgpu.barrier_arrive(scratch.q_done)
-        plgpu.barrier_wait(scratch.q_done)
+        meet(scratch.met)
         part = out.at[(*target, pl.ds(warpgroup * width, width))]
         _store(scratch.q_latent.at[warpgroup], softmax, part)
 
@@ -205,32 +204,24 @@ def _copy(arrays: list[Any], scratch: _Scratch, place: _Place) -> None:
 
 def _visit(scratch, slot, warpgroup, softmax, used, scale, interpret):
     """Meets the heads with a block; `used` of its positions count, all if None."""
+    values = scratch.latents.at[slot, warpgroup]
+    if used is not None:
+        # Zero times what a cache holds behind the sequence might not be zero.
+        keep_rows(values, 0, used)
+        plgpu.commit_smem()
+        meet(scratch.met)
     products = [Factors(scratch.q_rope, scratch.k_rope.at[slot], True)]
     for part in (warpgroup, COMPUTE - 1 - warpgroup):
         products.append(Factors(scratch.q_latent.at[part], scratch.latents.at[slot, part], True))
     (logits,) = multiply([Sum(products, zeros(ROWS, _BLOCK))], interpret)
     logits = logits * (scale * LOG2_E)
-    values = scratch.latents.at[slot, warpgroup]
     if used is not None:
         position = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         logits = jnp.where(position < used, logits, MASKED)
-        _clear(values, used)
     softmax, exponentials = softmaxes.add_logits(softmax, logits)
     product = Factors(exponentials.astype(values.dtype), values)
     (weighted,) = multiply([Sum([product], softmax.weighted)], interpret)
     return softmax._replace(weighted=weighted)
-
-
-def _clear(values: Any, used: Array) -> None:
-    """Sets rows from `used` on to zero: zero times what a cache holds there might not be zero.
-
-    The other warpgroup may be reading them for logits, which it masks.
-    """
-    for start in range(0, values.shape[1], _COLUMNS):
-        part = values.at[:, pl.ds(start, _COLUMNS)]
-        row = jax.lax.broadcasted_iota(jnp.int32, part.shape, 0)
-        part[...] = jnp.where(row < used, part[...], jnp.zeros(part.shape, part.dtype))
-    plgpu.commit_smem()
 
 
 def _store(ref: Any, softmax: softmaxes.Softmax, target: Any) -> None:
