@@ -86,6 +86,7 @@ def tokamax_ragged_dot(x: jax.Array, w: Any, group_sizes: jax.Array) -> jax.Arra
     return tokamax.ragged_dot(x, dense(w, x.dtype), group_sizes)
 
 
+TOKAMAX = "tokamax"  # the library whose programs need it installed
 _SCALE = {"scale": 192**-0.5}
 KERNELS: Mapping[str, Kernel] = {
     "int4_matmul": Kernel(
@@ -107,7 +108,7 @@ KERNELS: Mapping[str, Kernel] = {
         baselines={
             "lax.ragged_dot": ragged_dot,
             "one large product": one_large_product,
-            "tokamax": tokamax_ragged_dot,
+            TOKAMAX: tokamax_ragged_dot,
         },
     ),
     "mla_attention": Kernel(
@@ -115,7 +116,7 @@ KERNELS: Mapping[str, Kernel] = {
         cases=attention_cases,
         fixed=_SCALE,
         differentiated=("q_nope", "q_rope", "k_nope", "k_rope", "value"),
-        baselines={"tokamax": tokamax_attention},
+        baselines={TOKAMAX: tokamax_attention},
     ),
     "mla_decode": Kernel(run=mla_decode, cases=decode_cases, fixed=_SCALE),
 }

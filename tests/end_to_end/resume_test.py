@@ -13,6 +13,12 @@ TRAINING = {
     "checkpoint_every": 5,
     "sample_tokens": 0,
 }
+# The run changes its program on the way.
+INT4 = (
+    "--config.quantization.format=int4",
+    "--config.quantization.group_size=8",
+    f"--config.quantization.start_step={NUM_STEPS // 2}",
+)
 
 
 class ResumeTest(absltest.TestCase):
@@ -27,7 +33,7 @@ class ResumeTest(absltest.TestCase):
         )
 
     def _start(self, workdir):
-        return program.start_training(f"--config={self.config}", f"--workdir={workdir}")
+        return program.start_training(f"--config={self.config}", f"--workdir={workdir}", *INT4)
 
     def _finish(self, workdir):
         process = self._start(workdir)
