@@ -173,6 +173,10 @@ class Memory(NamedTuple):
         columns, steps = (self.y.shape[1], STRIP), self.x.shape[1] // PLANE
         return products.row_unit(self.tiles, number, self.words.shape[0], columns, steps)
 
+    def copy_rows(self, at: At, to: Any, barrier: Any) -> None:
+        """Starts the copies of a unit's rows times the 64 inputs of a step."""
+        products.copy_rows(self.x, at.unit.start, _step_columns(at), to, barrier)
+
     def copy_block(
         self, group: Array | int, block: Array, columns: Any, to: Any, barrier: Any
     ) -> None:
@@ -237,6 +241,10 @@ def _meet(ready: Any) -> None:
     meet(ready)
 
 
+def _step_columns(at: At) -> Any:
+    return pl.ds(at.step * PLANE, PLANE)
+
+
 def _half(warpgroup: Array) -> Any:
     return pl.ds(pl.multiple_of(warpgroup * PLANE, PLANE), PLANE)
 
@@ -264,11 +272,7 @@ class _Forward(NamedTuple):
         return self.memory.unit(number)
 
     def copies(self, at: At, barrier):
-        columns = pl.ds(at.step * PLANE, PLANE)
-        products.copy_rows(
-            self.memory.x, at.unit.start, columns, self.x_blocks.at[at.slot], barrier
-        )
-
+        self.memory.copy_rows(at, self.x_blocks.at[at.slot], barrier)
         self.blocks.fill(self.memory, at, jax.lax.div(at.step, CODES_PER_WORD))
 
     def begin(self, done, warpgroup):
@@ -309,14 +313,11 @@ class _Transposed(NamedTuple):
         return self.memory.unit(number)
 
     def copies(self, at: At, barrier):
-        columns = pl.ds(at.step * PLANE, PLANE)
-        products.copy_rows(
-            self.memory.x, at.unit.start, columns, self.x_blocks.at[at.slot], barrier
-        )
+        self.memory.copy_rows(at, self.x_blocks.at[at.slot], barrier)
         self.memory.copy_block(
             at.unit.group,
             jax.lax.div(at.unit.column, BLOCK),
-            columns,
+            _step_columns(at),
             (self.words.at[at.slot], self.scales.at[at.slot]),
             barrier,
         )
