@@ -5,12 +5,12 @@ import jax
 import numpy as np
 from absl.testing import absltest
 
+from kimi_jax.configs.quantization import WeightFormat
 from kimi_jax.data.batches import FIELDS, Batch, pad_batch
 from kimi_jax.data.device_feed import put_batch
 from kimi_jax.data.pipeline import HeldOut
 from kimi_jax.evaluation.perplexity import HeldOutEvaluation
 from kimi_jax.model import transformer
-from kimi_jax.parallel.placement import initialize
 from kimi_jax.parallel.rules import BATCH
 from tests.support import tiny
 
@@ -42,8 +42,7 @@ class PerplexityTest(absltest.TestCase):
         super().setUpClass()
         cls.mesh = tiny.mesh(2, 2)
         cls.enterClassContext(jax.set_mesh(cls.mesh))
-        plan = transformer.specs(tiny.MODEL)
-        cls.params = jax.jit(functools.partial(initialize, plan=plan))(jax.random.key(1))
+        cls.params = tiny.parameters(cls.mesh)
 
     def _measure(self, *batches):
         evaluate = HeldOutEvaluation(_held_out(*batches), self.mesh)
@@ -86,6 +85,16 @@ class PerplexityTest(absltest.TestCase):
         for other in (padded, small):
             for name, value in whole.items():
                 np.testing.assert_allclose(other[name], value, rtol=TOLERANCE)
+
+    def test_a_run_that_rounds_is_measured_with_rounded_weights(self):
+        options = {"format": WeightFormat.INT4, "group_size": 8}
+        evaluate = HeldOutEvaluation(_held_out(_part(0, ROWS)), self.mesh)
+        rounded = evaluate(self.params, tiny.experiment(quantization=options))["eval/loss"]
+        on_grid = jax.jit(functools.partial(tiny.round_experts, group_size=8))(self.params)
+        same = evaluate(on_grid, tiny.experiment())["eval/loss"]
+        np.testing.assert_allclose(rounded, same, rtol=TOLERANCE)
+        unrounded = evaluate(self.params, tiny.experiment())["eval/loss"]
+        self.assertGreater(abs(unrounded / rounded - 1), 100 * TOLERANCE)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from absl.testing import absltest
 
 from kimi_jax.inference.sampling import sample
 from kimi_jax.model import transformer
-from kimi_jax.parallel.placement import initialize
 from tests.support import tiny
 
 ROWS, PROMPT, ADDED = 4, 3, 6
@@ -20,9 +19,9 @@ class SamplingTest(absltest.TestCase):
     def setUpClass(cls):
         super().setUpClass()
         # The length, 9, is no multiple of the context axis.
-        cls.enterClassContext(jax.set_mesh(tiny.mesh(2, 1, context=2)))
-        plan = transformer.specs(tiny.MODEL)
-        cls.params = jax.jit(functools.partial(initialize, plan=plan))(jax.random.key(1))
+        mesh = tiny.mesh(2, 1, context=2)
+        cls.enterClassContext(jax.set_mesh(mesh))
+        cls.params = tiny.parameters(mesh)
         cls.prompts = jnp.asarray(np.arange(ROWS * PROMPT).reshape(ROWS, PROMPT), jnp.int32)
 
     @functools.cache  # noqa: B019

@@ -1,4 +1,5 @@
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.grouped_matmul import cases, grouped_matmul, pallas_tpu
+from kimi_jax.kernels.grouped_matmul.gradients import differentiable
 from kimi_jax.quantization import int4
 from kimi_jax.quantization.fake_quant import FakeQuantized
 from tests.support.gradients import (
@@ -99,10 +101,12 @@ class GroupedMatmulTest(parameterized.TestCase):
         for a, b in zip((value, d_x, d_carrier), expected, strict=True):
             assert_close(a, b, FLOAT32_TOLERANCE)
 
-    @parameterized.parameters(_XLA, _PALLAS)
+    @parameterized.parameters((_XLA, None), (_PALLAS, "v5p"), (_PALLAS, "v6e"))
     def test_packed_weights_alone_give_the_bits_of_the_unpacked_ones_and_get_no_gradient(
-        self, multiply
+        self, multiply, chip
     ):
+        # The first chip dequantises in float32, the second in bfloat16.
+        self.enterContext(mock.patch.object(pallas_tpu, "target_chip", return_value=chip))
         case = cases.TOY_INT4["odd_sizes_and_spare_rows_int4"]
         x, w, d_y = (jnp.asarray(a, jnp.bfloat16) for a in _inputs(case))
         packed = int4.quantize(w)
@@ -161,6 +165,29 @@ class GroupedMatmulTest(parameterized.TestCase):
         )
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert_close(a, b, FLOAT32_TOLERANCE)
+
+    def test_where_no_gradient_is_asked_for_a_carrier_is_not_read_either(self):
+        pieces = 3 * [lambda x, w, sizes: x @ w.codes[0]]
+        multiply = differentiable(*pieces)
+        w = FakeQuantized(carrier=None, quantized=int4.quantize(jnp.ones((1, 32, 4))))
+        y = multiply(jnp.ones((2, 4), jnp.int32), w, jnp.array([2]))
+        np.testing.assert_array_equal(y, jnp.ones((2, 4), jnp.int32) @ w.quantized.codes[0])
+
+    def test_a_matrix_is_dequantised_once_however_many_tiles_of_rows_its_group_has(self):
+        dequantised = []
+        dequantise = pallas_tpu._dequantise
+
+        def counted(codes, scales, dtype):
+            jax.debug.callback(lambda: dequantised.append(dtype))
+            return dequantise(codes, scales, dtype)
+
+        w = int4.quantize(jnp.ones((3, 32, 128)))
+        x, sizes = jnp.ones((100, 32)), jnp.array([80, 0, 20])
+        with mock.patch.object(pallas_tpu, "_dequantise", counted):
+            y = pallas_tpu.forward(x, w, sizes, tiles=_SMALL_TILES, interpret=True)
+        jax.effects_barrier()
+        np.testing.assert_allclose(y, 32.0, rtol=0.01)
+        self.assertLen(dequantised, 2)
 
     def test_a_tile_table_cannot_ask_for_more_than_there_is(self):
         x, w = jnp.ones((5, 3)), jnp.ones((1, 3, 4))

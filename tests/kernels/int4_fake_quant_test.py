@@ -1,4 +1,5 @@
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -68,15 +69,19 @@ class Int4FakeQuantTest(parameterized.TestCase):
         assert_close(d_x, d_y @ matrix.T, tolerance)
         assert_close(d_w, x.T @ d_y, BFLOAT16_TOLERANCE)
 
-    @parameterized.parameters(jnp.bfloat16, jnp.float32)
-    def test_the_rounded_weight_is_the_rules_to_the_last_bit(self, dtype):
+    @parameterized.parameters(
+        (jnp.bfloat16, "v5p"), (jnp.float32, "v5p"), (jnp.bfloat16, "v6e"), (jnp.float32, "v6e")
+    )
+    def test_the_rounded_weight_is_the_rules_to_the_last_bit(self, dtype, chip):
         # Multiplied with the identity, the weight itself comes out. Halves of small multiples of
         # the scale are ties, which a reciprocal gets wrong.
         w = 0.1 * jax.random.normal(jax.random.key(5), (256, 256), dtype)
         ties = jnp.arange(-7, 8, dtype=dtype) * 0.5
         scale = (1 + jnp.arange(256) % 64 / 64).astype(dtype)
         w = w.at[:15].set(ties[:, None] * scale).at[15].set(7 * scale)
-        actual = jax.jit(_kernel)(jnp.eye(256, dtype=jnp.bfloat16), w)
+        # The first chip finds the largest weights in float32, the second in bfloat16.
+        with mock.patch.object(pallas_tpu, "target_chip", return_value=chip):
+            actual = _kernel(jnp.eye(256, dtype=jnp.bfloat16), w)
         expected = _rounded(w.astype(jnp.bfloat16), 32)
         np.testing.assert_array_equal(actual, expected.astype(jnp.bfloat16))
 

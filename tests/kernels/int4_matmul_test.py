@@ -1,4 +1,5 @@
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from tests.support.gradients import (
 
 _KERNEL = functools.partial(pallas_tpu.int4_matmul, interpret=True)
 _SMALL_TILES = {"rows": 16, "outputs": 128}
+_CHIPS = ("v5p", "v6e")  # the first computes in float32, the second in bfloat16
 
 
 def _written_out(w):
@@ -63,12 +65,14 @@ class Int4MatmulTest(parameterized.TestCase):
         assert_close(value, x @ matrix, tolerance)
         assert_close(d_x, d_y @ matrix.T, tolerance)
 
-    def test_every_code_and_its_scale_come_out_exactly(self):
+    @parameterized.parameters(*_CHIPS)
+    def test_every_code_and_its_scale_come_out_exactly(self, chip):
         codes = np.arange(256 * 128).reshape(256, 128) % 15 - 7
         words = ((codes + 8).reshape(32, 8, 128) << (4 * np.arange(8))[:, None]).sum(1)
         scales = jax.random.uniform(jax.random.key(5), (8, 128), jnp.bfloat16, 0.5, 2.0)
         w = Int4Weight(codes=jnp.asarray(words.astype(np.uint32).view(np.int32)), scales=scales)
-        actual = jax.jit(_KERNEL)(jnp.eye(256, dtype=jnp.bfloat16), w)
+        with mock.patch.object(pallas_tpu, "target_chip", return_value=chip):
+            actual = _KERNEL(jnp.eye(256, dtype=jnp.bfloat16), w)
         expected = (codes * np.repeat(np.asarray(scales, np.float32), 32, axis=0)).astype(
             jnp.bfloat16
         )

@@ -12,6 +12,10 @@ from kimi_jax.kernels import tile_table
 from kimi_jax.kernels.grouped_matmul import cases as grouped_cases
 from kimi_jax.kernels.grouped_matmul import pallas_tpu as grouped
 from kimi_jax.kernels.grouped_matmul import pallas_tpu_tuning as grouped_tuning
+from kimi_jax.kernels.int4_fake_quant import cases as fake_quant_cases
+from kimi_jax.kernels.int4_fake_quant import pallas_tpu as fake_quant
+from kimi_jax.kernels.int4_matmul import cases as matmul_cases
+from kimi_jax.kernels.int4_matmul import pallas_tpu as matmul
 from kimi_jax.kernels.mla_attention import cases as attention_cases
 from kimi_jax.kernels.mla_attention import pallas_tpu as attention
 from kimi_jax.kernels.mla_attention import pallas_tpu_tuning as attention_tuning
@@ -56,7 +60,10 @@ class TunableTest(parameterized.TestCase):
     def _looked_up(self, call):
         """Returns what a call asks the tables for."""
         asked = []
-        record = lambda kernel, **shape: asked.append((kernel, shape))  # noqa: E731
+
+        def record(kernel, **shape):
+            asked.append((kernel, shape))
+
         with mock.patch.object(tile_table, "tiles", side_effect=record):
             call()
         return asked
@@ -75,6 +82,23 @@ class TunableTest(parameterized.TestCase):
             lambda: jax.eval_shape(lambda given: decode.mla_decode(**given, scale=1.0), given)
         )
         self.assertEqual(asked, [("mla_decode", decode.TUNABLE["mla_decode"].shape(case))])
+
+    @parameterized.product(
+        kernels=[(matmul, matmul_cases), (fake_quant, fake_quant_cases)], transposed=[False, True]
+    )
+    def test_int4_products_look_their_tiles_up_by_the_shape_they_are_tabulated_by(
+        self, kernels, transposed
+    ):
+        module, cases = kernels
+        name = cases.__package__.rpartition(".")[2] + transposed * "_transposed"
+        tunable, case = module.TUNABLE[name], cases.TOY["two_tiles_each_way"]
+        given = jax.eval_shape(lambda: tunable.operands(case, jax.random.key(0)))
+
+        def run(tiles):
+            return self._looked_up(lambda: jax.eval_shape(lambda a: tunable.run(a, tiles), given))
+
+        self.assertEqual(run(None), [(name, tunable.shape(case))])
+        self.assertEqual(run({"rows": 16, "outputs": 128}), [])
 
     @parameterized.product(kernel=list(grouped_tuning.TUNABLE), int4=[False, True])
     def test_grouped_products_look_their_tiles_up_by_the_shape_they_are_tabulated_by(
@@ -115,7 +139,10 @@ class TunableTest(parameterized.TestCase):
         document = np.arange(4096) * 3 // 4096
         causal = np.tril(np.ones((4096, 4096), bool))
         visible = causal & (document[:, None] == document)
-        cells = lambda mask: mask.reshape(4096 // queries, queries, 4096 // keys, keys)  # noqa: E731
+
+        def cells(mask):
+            return mask.reshape(4096 // queries, queries, 4096 // keys, keys)
+
         met, some, all_ = (
             cells(causal).any((1, 3)).sum(),
             cells(visible).any((1, 3)).sum(),

@@ -12,7 +12,6 @@ from absl.testing import absltest, parameterized
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.configs.model import YarnConfig
 from kimi_jax.configs.quantization import WeightFormat
-from kimi_jax.core.param_spec import NORM, map_specs
 from kimi_jax.core.trees import leaf_names
 from kimi_jax.data.device_feed import put_batch
 from kimi_jax.model import transformer
@@ -71,18 +70,6 @@ def host_batch():
     return dataclasses.replace(rows, segments=segments, positions=positions.astype(np.int32))
 
 
-@functools.cache
-def parameters(config):
-    """Random values; NumPy draws them in no time, where a program would be compiled for long."""
-    random = np.random.default_rng(0)
-
-    def draw(spec):
-        values = random.normal(0.0, tiny.INIT_STD, spec.shape)
-        return np.float32(np.ones(spec.shape) if spec.kind == NORM else values)
-
-    return map_specs(draw, transformer.specs(config.model))
-
-
 def gradients_on(mesh, config):
     """Loss and its parts, statistics and gradients, on the host."""
 
@@ -96,9 +83,7 @@ def gradients_on(mesh, config):
     compute = jax.jit(jax.value_and_grad(share, has_aux=True), compiler_options=QUICK)
     with jax.set_mesh(mesh):
         like = abstract_parameters(transformer.specs(config.model), mesh)
-        params = jax.tree.map(
-            lambda leaf, at: jax.device_put(leaf, at.sharding), parameters(config), like
-        )
+        params = tiny.parameters(mesh, config.model)
         (loss, (parts, stats)), gradients = compute(
             params, put_batch(host_batch(), jax.NamedSharding(mesh, TOKENS))
         )
@@ -119,7 +104,7 @@ def first_step(mesh, config):
         transformation = steps.make_optimizer(config, plan)
         like = abstract_state(config, plan, transformation, mesh)
         state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-        state = state.replace(params=parameters(config))
+        state = state.replace(params=tiny.host_parameters(config.model))
         state = jax.tree.map(lambda leaf, at: jax.device_put(leaf, at.sharding), state, like)
         take = functools.partial(
             steps.train_step, config=config, plan=plan, transformation=transformation

@@ -10,7 +10,7 @@ from kimi_jax.configs.quantization import QuantizationConfig, Quantize, WeightFo
 from kimi_jax.core.errors import ConfigError
 from kimi_jax.model import block, transformer
 from kimi_jax.parallel import quantized
-from kimi_jax.parallel.placement import initialize, to_compute
+from kimi_jax.parallel.placement import to_compute
 from kimi_jax.quantization import int4
 from kimi_jax.quantization.fake_quant import FakeQuantized
 from kimi_jax.quantization.qat import attach
@@ -35,7 +35,7 @@ def _layer(params, config):
 class QuantizedTest(parameterized.TestCase):
     def _on(self, mesh, fn, *args):
         with jax.set_mesh(mesh):
-            params = jax.jit(functools.partial(initialize, plan=_PLAN))(jax.random.key(0))
+            params = tiny.parameters(mesh)
             return params, jax.jit(functools.partial(fn, *args))(params)
 
     @parameterized.product(mesh=((1, 1), (4, 2), (2, 4)), when=(Quantize.STEP, Quantize.USE))

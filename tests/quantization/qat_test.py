@@ -38,6 +38,7 @@ class ChooseTest(parameterized.TestCase):
         self.assertEqual(_chosen(tag=None, pattern=shared, **_INT4), names)
 
     @parameterized.parameters(
+        ({"tag": None, "pattern": r"moe_blocks\..*experts"}, "no weight of this model is chosen"),
         ({"tag": "nothing"}, "no weight of this model is chosen by 'nothing'"),
         ({"tag": None, "pattern": "final_norm"}, "final_norm is no matrix, but norm"),
         ({"tag": "matrix"}, "the inputs of .*w_q_nope"),

@@ -1,6 +1,7 @@
 """The smallest experiment that has every part of the architecture, and batches for it."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 
@@ -14,10 +15,14 @@ from kimi_jax.configs.model import ModelConfig
 from kimi_jax.configs.optimizer import NewtonSchulzDtype, OptimizerConfig, ScheduleConfig
 from kimi_jax.configs.parallel import ParallelConfig
 from kimi_jax.configs.training import TrainingConfig
+from kimi_jax.core.param_spec import NORM, ROUTED_EXPERT, ParamSpec, map_specs
 from kimi_jax.data.batches import Batch
 from kimi_jax.data.device_feed import put_batch
+from kimi_jax.model import transformer
 from kimi_jax.parallel.mesh import make_mesh
+from kimi_jax.parallel.placement import abstract_parameters
 from kimi_jax.parallel.rules import TOKENS
+from kimi_jax.quantization import int4
 
 # Weights so large that routing, attention and gradients are far from the ties and zeros of a model
 # at its usual initialisation.
@@ -72,6 +77,39 @@ def mesh(data: int, expert: int, **others: int) -> jax.sharding.Mesh:
     """Returns a mesh over as many devices as it needs; axes that are not named have size 1."""
     config = ParallelConfig(data=data, expert=expert, **others)
     return make_mesh(config, MODEL.num_routed_experts)
+
+
+@functools.cache
+def host_parameters(model: ModelConfig = MODEL) -> transformer.TransformerParams:
+    """Random values; NumPy draws them in no time, where a program would be compiled for long."""
+    random = np.random.default_rng(0)
+
+    def draw(spec: ParamSpec) -> np.ndarray:
+        values = random.normal(0.0, INIT_STD, spec.shape)
+        return np.float32(np.ones(spec.shape) if spec.kind == NORM else values)
+
+    return map_specs(draw, transformer.specs(model))
+
+
+def parameters(on: jax.sharding.Mesh, model: ModelConfig = MODEL) -> transformer.TransformerParams:
+    """Returns `host_parameters` as they are stored on a mesh."""
+    like = abstract_parameters(transformer.specs(model), on)
+    return jax.tree.map(
+        lambda leaf, at: jax.device_put(leaf, at.sharding), host_parameters(model), like
+    )
+
+
+def round_experts(
+    params: transformer.TransformerParams, group_size: int
+) -> transformer.TransformerParams:
+    """Returns parameters of `MODEL` with the values that INT4 rounds its routed experts to."""
+
+    def convert(spec: ParamSpec, leaf: jax.Array) -> jax.Array:
+        if ROUTED_EXPERT not in spec.tags:
+            return leaf
+        return int4.dequantize(int4.quantize(leaf, group_size), leaf.dtype)
+
+    return map_specs(convert, transformer.specs(MODEL), params)
 
 
 def host_batch(*, seed: int = 0, rows: int = NUM_ROWS) -> Batch:

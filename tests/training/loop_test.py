@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from kimi_jax.configs.quantization import QuantizationConfig, WeightFormat
 from kimi_jax.core.errors import (
     CheckpointMismatchError,
     TrainingFailedError,
@@ -90,12 +92,12 @@ class LoopTest(parameterized.TestCase):
             optimizer={"qk_clip_threshold": 1e-6},  # every head's largest logit is above
         )
 
-    def _train(self, step, config=None, **options):
+    def _train(self, step, config=None, evaluate=_evaluate, **options):
         config = config or self._config()
         corpus = open_corpus(config.data)
         with mock.patch.object(phases, "compile_train_step", lambda config, plan, mesh: step):
             return loop.train(
-                config, self.workdir, corpus, mesh=self.mesh, evaluate=_evaluate, **options
+                config, self.workdir, corpus, mesh=self.mesh, evaluate=evaluate, **options
             )
 
     def _records(self, name="metrics.jsonl"):
@@ -133,6 +135,20 @@ class LoopTest(parameterized.TestCase):
         self.assertEqual(int(state.step), 3)
         self.assertTrue(np.all(state.clipped_ever))
         self.assertTrue(np.any(state.params.moe_blocks.feed_forward.router.selection_bias))
+
+    def test_evaluations_round_from_the_step_on_that_rounds(self):
+        rounded = []
+
+        def evaluate(params, config):
+            rounded.append(config.quantization.enabled)
+            return _evaluate(params, config)
+
+        options = QuantizationConfig(format=WeightFormat.INT4, start_step=3)
+        config = dataclasses.replace(self._config(), quantization=options)
+        self._train(FakeStep(), config, evaluate)
+        records = self._records()
+        measured = [record["step"] for record in records if "eval/loss" in record]
+        self.assertEqual(dict(zip(measured, rounded, strict=True)), {1: False, 3: True, 4: True})
 
     def test_metrics_are_recorded_one_step_late(self):
         lines = []

@@ -1,4 +1,3 @@
-import functools
 import json
 import pathlib
 import tempfile
@@ -12,8 +11,6 @@ from absl.testing import absltest, parameterized
 from kimi_jax.configs.compute import ComputeDtype
 from kimi_jax.configs.quantization import Quantize, WeightFormat
 from kimi_jax.core.errors import CheckpointMismatchError, ConfigError
-from kimi_jax.model import transformer
-from kimi_jax.parallel.placement import initialize
 from kimi_jax.quantization.int4 import Int4Weight
 from kimi_jax.training import packed
 from kimi_jax.training.workdir import CONFIG_FILE
@@ -25,11 +22,6 @@ def _config(**quantization):
     return tiny.experiment(quantization=options, compute={"dtype": ComputeDtype.BFLOAT16})
 
 
-def _parameters():
-    plan = transformer.specs(tiny.MODEL)
-    return jax.jit(functools.partial(initialize, plan=plan))(jax.random.key(1))
-
-
 class PackedTest(parameterized.TestCase):
     def setUp(self):
         super().setUp()
@@ -39,7 +31,7 @@ class PackedTest(parameterized.TestCase):
     def test_a_reloaded_model_computes_trainings_logits_bit_for_bit(self, quantize):
         config, mesh = _config(quantize=quantize), tiny.mesh(2, 2)
         with jax.set_mesh(mesh):
-            params = _parameters()
+            params = tiny.parameters(mesh)
             trained = np.asarray(packed.random_logits(params, config, length=16))
             packed.save_packed(self.folder, params, config)
             plain, reloaded = packed.load_packed(self.folder, mesh)
@@ -50,20 +42,25 @@ class PackedTest(parameterized.TestCase):
         self.assertIsInstance(reloaded.moe_blocks.feed_forward.experts.w_up, Int4Weight)
         self.assertEqual(reloaded.head.dtype, jnp.bfloat16)
 
+    def _save(self, mesh):
+        """Saves the same model each time, by one program; returns what is read back."""
+        with jax.set_mesh(mesh):
+            packed.save_packed(self.folder, tiny.parameters(mesh), _config())
+            return jax.device_get(packed.load_packed(self.folder, mesh)[1])
+
     def test_another_mesh_reads_the_same_weights(self):
-        config = _config()
-        with jax.set_mesh(tiny.mesh(2, 4)):
-            packed.save_packed(self.folder, _parameters(), config)
-            first = jax.device_get(packed.load_packed(self.folder, tiny.mesh(2, 4))[1])
-        one = tiny.mesh(1, 1)
-        with jax.set_mesh(one):
-            chex.assert_trees_all_equal(
-                jax.device_get(packed.load_packed(self.folder, one)[1]), first
-            )
+        first = self._save(tiny.mesh(2, 2))
+        for other in (tiny.mesh(2, 4), tiny.mesh(1, 1)):
+            with jax.set_mesh(other):
+                reloaded = packed.load_packed(self.folder, other)[1]
+            chex.assert_trees_all_equal(jax.device_get(reloaded), first)
+            found = {leaf.sharding.mesh for leaf in jax.tree.leaves(reloaded)}
+            self.assertEqual(found, {other})
 
     def test_a_run_that_rounds_nothing_and_a_folder_that_exists_raise(self):
-        with jax.set_mesh(tiny.mesh(1, 1)):
-            params = _parameters()
+        mesh = tiny.mesh(1, 1)
+        with jax.set_mesh(mesh):
+            params = tiny.parameters(mesh)
             with self.assertRaisesRegex(ConfigError, "nothing to pack"):
                 packed.save_packed(self.folder, params, tiny.experiment())
             self.folder.mkdir()
@@ -71,9 +68,8 @@ class PackedTest(parameterized.TestCase):
                 packed.save_packed(self.folder, params, _config())
 
     def test_a_folder_that_is_not_complete_raises(self):
-        mesh = tiny.mesh(1, 1)
-        with jax.set_mesh(mesh):
-            packed.save_packed(self.folder, _parameters(), _config())
+        mesh = tiny.mesh(2, 2)
+        self._save(mesh)
         path = self.folder / CONFIG_FILE
         json.loads(path.read_text())
         path.unlink()
