@@ -2,7 +2,7 @@
 
 Compiled for an H100 and interpreted on a CPU; never timed.
 
-`forward` and `input_gradient` are one kernel (weights of four bits: `hopper_int4.py`).
+`forward` and `input_gradient` are one kernel (weights of four bits: `hopper/int4_products.py`).
 
 * Grid: 132 programs that stay; a unit is a tile of 128 rows of one group times 256 columns.
 * Blocks: 128 x 64 of the rows and 64 x 256 of the group's matrix, four of each in shared memory.
@@ -24,9 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import hopper, hopper_int4, hopper_products
 from kimi_jax.kernels.grouped_matmul.gradients import differentiable
-from kimi_jax.kernels.hopper_products import At, RowUnit, Tiles
+from kimi_jax.kernels.hopper import int4_products, products, program
+from kimi_jax.kernels.hopper.products import At, RowUnit, Tiles
+from kimi_jax.kernels.hopper.ring import keep_rows, meet, ring_barriers
 from kimi_jax.quantization.int4 import Int4Weight
 
 _SUMMED = 64  # of a block, along the sum: 128 bytes of bfloat16
@@ -52,9 +53,9 @@ def forward(
     Raises:
       NotImplementedError: another dtype than bfloat16, or not for a Hopper GPU.
     """
-    hopper.require("grouped_matmul", x.dtype, interpret)
+    program.require("grouped_matmul", x.dtype, interpret)
     if isinstance(w, Int4Weight):
-        return hopper_int4.multiply(x, w, group_sizes, interpret=interpret)
+        return int4_products.multiply(x, w, group_sizes, interpret=interpret)
     return _multiply(x, w, group_sizes, transposed=False, interpret=interpret)
 
 
@@ -66,9 +67,9 @@ def input_gradient(
     interpret: bool = False,
 ) -> Float[Array, "A K"]:
     """Returns d_y w[g]^T; arguments as in `forward`."""
-    hopper.require("grouped_matmul", d_y.dtype, interpret)
+    program.require("grouped_matmul", d_y.dtype, interpret)
     if isinstance(w, Int4Weight):
-        return hopper_int4.multiply_transposed(d_y, w, group_sizes, interpret=interpret)
+        return int4_products.multiply_transposed(d_y, w, group_sizes, interpret=interpret)
     return _multiply(d_y, w, group_sizes, transposed=True, interpret=interpret)
 
 
@@ -80,7 +81,7 @@ def weight_gradient(
     interpret: bool = False,
 ) -> Float[Array, "E K N"]:
     """Returns x_g^T d_y_g in the rows' dtype, zeros for a group without rows."""
-    hopper.require("grouped_matmul", x.dtype, interpret)
+    program.require("grouped_matmul", x.dtype, interpret)
     num_inputs, num_outputs = x.shape[1], d_y.shape[1]
     d_w = _sum_rows(_pad(x, 1), _pad(d_y, 1), group_sizes.astype(jnp.int32), interpret)
     return d_w[:, :num_inputs, :num_outputs]
@@ -88,7 +89,7 @@ def weight_gradient(
 
 def _pad(x: Array, num_dimensions: int) -> Array:
     """Fills the last dimensions up to whole tiles; K2's sizes are."""
-    return hopper_products.pad(x, (hopper_products.TILE_ROWS,) * num_dimensions)
+    return products.pad(x, (program.TILE,) * num_dimensions)
 
 
 def _strip(width: int) -> int:
@@ -100,18 +101,18 @@ def _multiply(x: Array, w: Array, group_sizes: Array, transposed: bool, interpre
     x, w = _pad(x, 1), _pad(w, 2)
     (num_rows, summed), num_columns = x.shape, w.shape[1 if transposed else 2]
     strip = _strip(num_columns)
-    tiles = hopper_products.cut(hopper_products.with_spare_rows(group_sizes, num_rows), num_rows)
+    tiles = products.cut(products.with_spare_rows(group_sizes, num_rows), num_rows)
     block = (strip, _SUMMED) if transposed else (_SUMMED, strip)
-    y = hopper.kernel(
+    y = program.kernel(
         functools.partial(_multiply_kernel, transposed=transposed, strip=strip),
         out_type=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
         scratch={
-            "x_blocks": plgpu.SMEM((_SLOTS, hopper.COMPUTE, hopper.ROWS, _SUMMED), x.dtype),
+            "x_blocks": plgpu.SMEM((_SLOTS, program.COMPUTE, program.ROWS, _SUMMED), x.dtype),
             "w_blocks": plgpu.SMEM((_SLOTS, *block), w.dtype),
-            "staged": plgpu.SMEM((hopper.COMPUTE, hopper.ROWS, _STAGED), x.dtype),
-            "ring": hopper.ring_barriers(_SLOTS, num_copies=hopper.COMPUTE + 1),
+            "staged": plgpu.SMEM((program.COMPUTE, program.ROWS, _STAGED), x.dtype),
+            "ring": ring_barriers(_SLOTS, num_copies=program.COMPUTE + 1),
         },
-        grid=hopper_products.grid(tiles.group.size * (num_columns // strip)),
+        grid=products.grid(tiles.group.size * (num_columns // strip)),
         cost=pl.CostEstimate(
             flops=2 * num_rows * summed * num_columns,
             bytes_accessed=x.dtype.itemsize * (num_rows * (summed + num_columns) + w.size),
@@ -125,11 +126,11 @@ def _multiply(x: Array, w: Array, group_sizes: Array, transposed: bool, interpre
 def _multiply_kernel(*refs, x_blocks, w_blocks, staged, ring, transposed, strip):
     *plan, x, w, y = refs
     parts = _RowsTimesMatrix(Tiles(*plan), x, w, y, x_blocks, w_blocks, staged, transposed, strip)
-    hopper_products.run(parts.tiles.count[0] * (y.shape[1] // strip), ring, parts)
+    products.run(parts.tiles.count[0] * (y.shape[1] // strip), ring, parts)
 
 
 class _RowsTimesMatrix(NamedTuple):
-    """One unit is 128 rows times `strip` columns; see `hopper_products.Parts`."""
+    """One unit is 128 rows times `strip` columns; see `products.Parts`."""
 
     tiles: Tiles
     x: Any
@@ -144,21 +145,21 @@ class _RowsTimesMatrix(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return hopper.ROWS, self.strip
+        return program.ROWS, self.strip
 
     def unit(self, number):
         columns = self.y.shape[1], self.strip
         steps = self.x.shape[1] // _SUMMED
-        return hopper_products.row_unit(self.tiles, number, self.w.shape[0], columns, steps)
+        return products.row_unit(self.tiles, number, self.w.shape[0], columns, steps)
 
     def copies(self, at: At, barrier):
         summed = pl.ds(at.step * _SUMMED, _SUMMED)
         columns = pl.ds(at.unit.column, self.strip)
-        hopper_products.copy_rows(self.x, at.unit.start, summed, self.x_blocks.at[at.slot], barrier)
+        products.copy_rows(self.x, at.unit.start, summed, self.x_blocks.at[at.slot], barrier)
         part = (columns, summed) if self.transposed else (summed, columns)
         plgpu.copy_gmem_to_smem(self.w.at[at.unit.group, *part], self.w_blocks.at[at.slot], barrier)
 
-    def begin(self, at: At, warpgroup):
+    def begin(self, done, warpgroup):
         return None
 
     def multiply(self, at: At, warpgroup, sums, state):
@@ -167,25 +168,26 @@ class _RowsTimesMatrix(NamedTuple):
         plgpu.wgmma(sums, self.x_blocks.at[at.slot, warpgroup], w)
 
     def finish(self, unit: RowUnit, warpgroup, sums):
-        hopper_products.store_rows(self.tiles, unit, warpgroup, sums, (self.staged, self.y))
+        products.store_rows(self.tiles, unit, warpgroup, sums, (self.staged, self.y))
 
 
 def _sum_rows(x: Array, d_y: Array, group_sizes: Array, interpret: bool) -> Array:
     (num_rows, num_inputs), num_outputs = x.shape, d_y.shape[1]
     num_groups, strip = group_sizes.shape[0], _strip(num_outputs)
     end = jnp.cumsum(group_sizes)
-    tiles_of_group = (num_inputs // hopper_products.TILE_ROWS) * (num_outputs // strip)
+    tiles_of_group = (num_inputs // program.TILE) * (num_outputs // strip)
     results = num_groups * num_inputs * num_outputs
-    return hopper.kernel(
+    return program.kernel(
         functools.partial(_sum_rows_kernel, strip=strip),
         out_type=jax.ShapeDtypeStruct((num_groups, num_inputs, num_outputs), x.dtype),
         scratch={
-            "x_blocks": plgpu.SMEM((_SLOTS, hopper.COMPUTE, _SUMMED, hopper.ROWS), x.dtype),
+            "x_blocks": plgpu.SMEM((_SLOTS, program.COMPUTE, _SUMMED, program.ROWS), x.dtype),
             "d_y_blocks": plgpu.SMEM((_SLOTS, _SUMMED, strip), x.dtype),
-            "staged": plgpu.SMEM((hopper.COMPUTE, hopper.ROWS, _STAGED), x.dtype),
-            "ring": hopper.ring_barriers(_SLOTS, num_copies=hopper.COMPUTE + 1),
+            "staged": plgpu.SMEM((program.COMPUTE, program.ROWS, _STAGED), x.dtype),
+            "cleared": plgpu.Barrier(num_arrivals=program.COMPUTE),
+            "ring": ring_barriers(_SLOTS, num_copies=program.COMPUTE + 1),
         },
-        grid=hopper_products.grid(num_groups * tiles_of_group),
+        grid=products.grid(num_groups * tiles_of_group),
         cost=pl.CostEstimate(
             flops=2 * num_rows * num_inputs * num_outputs,
             bytes_accessed=x.dtype.itemsize * (num_rows * (num_inputs + num_outputs) + results),
@@ -195,9 +197,9 @@ def _sum_rows(x: Array, d_y: Array, group_sizes: Array, interpret: bool) -> Arra
     )(end - group_sizes, end, x, d_y)
 
 
-def _sum_rows_kernel(*refs, x_blocks, d_y_blocks, staged, ring, strip):
-    parts = _SumOfRows(*refs, x_blocks, d_y_blocks, staged, strip)
-    hopper_products.run(parts.d_w.shape[0] * parts.tiles_of_group, ring, parts)
+def _sum_rows_kernel(*refs, x_blocks, d_y_blocks, staged, cleared, ring, strip):
+    parts = _SumOfRows(*refs, x_blocks, d_y_blocks, staged, cleared, strip)
+    products.run(parts.d_w.shape[0] * parts.tiles_of_group, ring, parts)
 
 
 class _Sum(NamedTuple):
@@ -211,7 +213,7 @@ class _Sum(NamedTuple):
 
 
 class _SumOfRows(NamedTuple):
-    """One unit is 128 x `strip` of a group's x^T d_y; see `hopper_products.Parts`."""
+    """One unit is 128 x `strip` of a group's x^T d_y; see `products.Parts`."""
 
     begin_of: Any  # [E], first row of each group
     end_of: Any  # [E]
@@ -221,42 +223,43 @@ class _SumOfRows(NamedTuple):
     x_blocks: Any  # [slots, 2, 64, 64]
     d_y_blocks: Any  # [slots, 64, strip]
     staged: Any  # [2, 64, 128]
+    cleared: Any
     strip: int
     unrolled: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
-        return hopper.ROWS, self.strip
+        return program.ROWS, self.strip
 
     @property
     def tiles_of_group(self) -> int:
-        return self.d_w.shape[1] // hopper_products.TILE_ROWS * (self.d_w.shape[2] // self.strip)
+        return self.d_w.shape[1] // program.TILE * (self.d_w.shape[2] // self.strip)
 
     def unit(self, number):
         group = jax.lax.div(number, self.tiles_of_group)
         within = jax.lax.rem(number, self.tiles_of_group)
         strips = self.d_w.shape[2] // self.strip
         begin, end = self.begin_of[group], self.end_of[group]
-        start = jax.lax.div(begin, hopper_products.ALIGNMENT) * hopper_products.ALIGNMENT
+        start = jax.lax.div(begin, products.ALIGNMENT) * products.ALIGNMENT
         return _Sum(
             steps=jnp.where(end > begin, jax.lax.div(end - start + _SUMMED - 1, _SUMMED), 0),
             group=group,
             start=start,
-            row=jax.lax.div(within, strips) * hopper_products.TILE_ROWS,
+            row=jax.lax.div(within, strips) * program.TILE,
             column=jax.lax.rem(within, strips) * self.strip,
         )
 
     def copies(self, at: At, barrier):
         rows = pl.ds(at.unit.start + at.step * _SUMMED, _SUMMED)
-        for half in range(hopper.COMPUTE):
-            columns = pl.ds(at.unit.row + half * hopper.ROWS, hopper.ROWS)
+        for half in range(program.COMPUTE):
+            columns = pl.ds(at.unit.row + half * program.ROWS, program.ROWS)
             plgpu.copy_gmem_to_smem(
                 self.x.at[rows, columns], self.x_blocks.at[at.slot, half], barrier
             )
         columns = pl.ds(at.unit.column, self.strip)
         plgpu.copy_gmem_to_smem(self.d_y.at[rows, columns], self.d_y_blocks.at[at.slot], barrier)
 
-    def begin(self, at: At, warpgroup):
+    def begin(self, done, warpgroup):
         return None
 
     def multiply(self, at: At, warpgroup, sums, state):
@@ -264,23 +267,25 @@ class _SumOfRows(NamedTuple):
         row = at.unit.start + at.step * _SUMMED
         first, end = self.begin_of[at.unit.group] - row, self.end_of[at.unit.group] - row
 
-        # Both warpgroups write the same d_y, each before it reads any of it.
         @pl.when((first > 0) | (end < _SUMMED))
         def _():
-            hopper_products.keep_rows(x, first, end)
-            hopper_products.keep_rows(d_y, first, end)
+            keep_rows(x, first, end)
+            half = self.strip // program.COMPUTE
+            columns = pl.ds(pl.multiple_of(warpgroup * half, half), half)
+            keep_rows(d_y.at[:, columns], first, end)
             plgpu.commit_smem()
+            meet(self.cleared)
 
         plgpu.wgmma(sums, x.transpose((1, 0)), d_y)
 
     def finish(self, unit: _Sum, warpgroup, sums):
-        rows = hopper_products.Rows(
-            start=unit.row + warpgroup * hopper.ROWS,
+        rows = products.Rows(
+            start=unit.row + warpgroup * program.ROWS,
             first=jnp.int32(0),
-            size=jnp.int32(hopper.ROWS),
+            size=jnp.int32(program.ROWS),
         )
         d_w = self.d_w.at[unit.group]
-        hopper_products.store(sums, self.staged.at[warpgroup], d_w, rows, unit.column)
+        products.store(sums, self.staged.at[warpgroup], d_w, rows, unit.column)
 
 
 grouped_matmul = differentiable(forward, input_gradient, weight_gradient)

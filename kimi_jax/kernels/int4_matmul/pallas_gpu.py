@@ -1,6 +1,6 @@
-"""The product with INT4 weights on Hopper GPUs: many rows are one group of `hopper_int4.py`.
+"""The product with INT4 weights on Hopper GPUs: rows are one group of `hopper/int4_products.py`.
 
-Up to 64 rows, as in decoding, have a kernel of their own, `hopper_int4_decode.py`.
+Up to 64 of them, as in decoding, have a kernel of their own, `hopper/int4_few_rows.py`.
 
 Compiled for an H100 and interpreted on a CPU; never timed.
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kimi_jax.kernels import hopper, hopper_int4, hopper_int4_decode
+from kimi_jax.kernels.hopper import int4_few_rows, int4_products, program
 from kimi_jax.quantization.int4 import Int4Weight
 
 
@@ -35,18 +35,18 @@ def int4_matmul_transposed(
     d_y: Float[Array, "W N"], w: Int4Weight, *, interpret: bool = False
 ) -> Float[Array, "W K"]:
     """Returns d_y dequantize(w)^T, the gradient of x."""
-    hopper.require("int4_matmul", d_y.dtype, interpret)
+    program.require("int4_matmul", d_y.dtype, interpret)
     sizes = jnp.full((1,), d_y.shape[0], jnp.int32)
-    return hopper_int4.multiply_transposed(d_y, _stack(w), sizes, interpret=interpret)
+    return int4_products.multiply_transposed(d_y, _stack(w), sizes, interpret=interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _int4_matmul(x: Array, w: Int4Weight, interpret: bool) -> Array:
-    hopper.require("int4_matmul", x.dtype, interpret)
-    if x.shape[0] <= hopper_int4_decode.MOST_ROWS:
-        return hopper_int4_decode.multiply(x, _stack(w), interpret=interpret)
+    program.require("int4_matmul", x.dtype, interpret)
+    if x.shape[0] <= int4_few_rows.MOST_ROWS:
+        return int4_few_rows.multiply(x, _stack(w), interpret=interpret)
     sizes = jnp.full((1,), x.shape[0], jnp.int32)
-    return hopper_int4.multiply(x, _stack(w), sizes, interpret=interpret)
+    return int4_products.multiply(x, _stack(w), sizes, interpret=interpret)
 
 
 def _forward(x: Array, w: Int4Weight, interpret: bool):

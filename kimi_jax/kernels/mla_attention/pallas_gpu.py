@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import hopper
-from kimi_jax.kernels.hopper_softmax import F32, LOG2_E
+from kimi_jax.kernels.hopper import program
+from kimi_jax.kernels.hopper.program import TILE
+from kimi_jax.kernels.hopper.softmax import F32, LOG2_E
 from kimi_jax.kernels.mla_attention.pallas_gpu_backward import backward
-from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import TILE, Keys, Queries
+from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import Keys, Queries
 from kimi_jax.kernels.mla_attention.pallas_gpu_forward import forward
 
 _WIDTHS = (64, 128)  # of heads without rotation, and of values: shared memory holds no more
@@ -38,7 +39,7 @@ def mla_attention(
     Raises:
       NotImplementedError: another GPU, another dtype, or widths that the blocks do not fit.
     """
-    hopper.require("mla_attention", q_nope.dtype, interpret)
+    program.require("mla_attention", q_nope.dtype, interpret)
     _check_widths(q_nope.shape[-1], q_rope.shape[-1], value.shape[-1])
     num_positions = value.shape[1]
     padding = -num_positions % TILE

@@ -23,12 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from kimi_jax.kernels import hopper
-from kimi_jax.kernels import hopper_softmax as softmaxes
-from kimi_jax.kernels.hopper import COMPUTE, ROWS, Factors, Sum
-from kimi_jax.kernels.hopper_softmax import F32, LOG2_E
+from kimi_jax.kernels.hopper import program
+from kimi_jax.kernels.hopper import softmax as softmaxes
+from kimi_jax.kernels.hopper.program import COMPUTE, ROWS, TILE
+from kimi_jax.kernels.hopper.ring import Ring, copy_in, copy_out, exchange_barriers, ring_barriers
+from kimi_jax.kernels.hopper.softmax import F32, LOG2_E
+from kimi_jax.kernels.hopper.sums import Factors, Sum, multiply, zeros
 from kimi_jax.kernels.mla_attention import pallas_gpu_blocks as blocks
-from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import TILE, Keys, Queries
+from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import Keys, Queries
 
 _SLOTS = 3  # of the ring
 _SLOTS_OF_EXCHANGE = 2
@@ -52,9 +54,9 @@ def _query_gradients(queries: Queries, keys: Keys, scale: float, interpret: bool
         blocks.shared_memory(queries, COMPUTE, ROWS),
         arrived,
         blocks.shared_memory(keys, _SLOTS, ROWS),
-        hopper.ring_barriers(_SLOTS, len(keys)),
+        ring_barriers(_SLOTS, len(keys)),
     )
-    run = hopper.kernel(
+    run = program.kernel(
         functools.partial(_query_tile, scale=scale, interpret=interpret),
         out_type=results,
         scratch=scratch,
@@ -75,7 +77,7 @@ def _query_tile(*refs, scale: float, interpret: bool) -> None:
     def copy():
         ring.fill(
             num_steps,
-            lambda step, slot, barrier: hopper.copy_in(
+            lambda step, slot, barrier: copy_in(
                 key_arrays.at(sequence, head, pl.ds(step * ROWS, ROWS)),
                 blocks.pick(key_blocks, slot),
                 barrier,
@@ -86,33 +88,33 @@ def _query_tile(*refs, scale: float, interpret: bool) -> None:
         start = tile * TILE + warpgroup * ROWS
         rows = pl.ds(start, ROWS)
         own = blocks.pick(own_of_all, warpgroup)
-        hopper.copy_in(arrays.at(sequence, head, rows), own, arrived.at[warpgroup])
+        copy_in(arrays.at(sequence, head, rows), own, arrived.at[warpgroup])
         plgpu.barrier_wait(arrived.at[warpgroup])
 
         def visit(step, slot, sums, crosses):
             pairs = blocks.Pairs(start - step * ROWS, True, crosses)
             return _add_keys(own, blocks.pick(key_blocks, slot), sums, pairs, scale, interpret)
 
-        sums = tuple(hopper.zeros(ROWS, ref.shape[1]) for ref in own[:2])
+        sums = tuple(zeros(ROWS, ref.shape[1]) for ref in own[:2])
         sums = ring.use(0, first_crossing, sums, functools.partial(visit, crosses=False))
         sums = ring.use(first_crossing, num_steps, sums, functools.partial(visit, crosses=True))
         for ref, total in zip(own[:2], sums, strict=True):
             ref[...] = (scale * total).astype(ref.dtype)
-        hopper.copy_out(own[:2], [x.at[sequence, rows, head] for x in results])
+        copy_out(own[:2], [x.at[sequence, rows, head] for x in results])
 
-    hopper.specialise(compute, copy)
+    program.specialise(compute, copy)
 
 
 def _add_keys(own, keys, sums, pairs, scale, interpret):
     """Adds a block of keys to the gradients of a warpgroup's queries."""
     shape = (ROWS, ROWS)
-    logits, d_probabilities = hopper.multiply(
+    logits, d_probabilities = multiply(
         [
             Sum(
                 [Factors(own.nope, keys.nope, True), Factors(own.rope, keys.rope, True)],
-                hopper.zeros(*shape),
+                zeros(*shape),
             ),
-            Sum([Factors(own.d_out, keys.value, True)], hopper.zeros(*shape)),
+            Sum([Factors(own.d_out, keys.value, True)], zeros(*shape)),
         ],
         interpret,
     )
@@ -120,7 +122,7 @@ def _add_keys(own, keys, sums, pairs, scale, interpret):
     log_sum, inner = (softmaxes.along_rows(x[...], shape) for x in (own.log_sum, own.inner))
     d_logits = jnp.exp2(logits - log_sum) * (d_probabilities - inner)
     d_logits = d_logits.astype(keys.nope.dtype)
-    return hopper.multiply(
+    return multiply(
         [
             Sum([Factors(d_logits, keys.nope)], sums[0]),
             Sum([Factors(d_logits, keys.rope)], sums[1]),
@@ -135,10 +137,10 @@ class _Shared(NamedTuple):
     own: Keys  # [64, ...]
     own_arrived: Any
     probabilities: Any  # [slots, 64 keys, 64 queries], from the first warpgroup to the second
-    exchange: hopper.Ring
+    exchange: Ring
     d_rope: Any  # [64, R], float32
     queries: Queries  # [slots, 64, ...]
-    ring: hopper.Ring
+    ring: Ring
 
 
 def _key_gradients(queries: Queries, keys: Keys, scale: float, interpret: bool) -> Any:
@@ -153,12 +155,12 @@ def _key_gradients(queries: Queries, keys: Keys, scale: float, interpret: bool) 
         own=blocks.shared_memory(keys, ROWS),
         own_arrived=plgpu.Barrier(num_arrivals=len(keys)),
         probabilities=plgpu.SMEM((_SLOTS_OF_EXCHANGE, ROWS, ROWS), dtype),
-        exchange=hopper.exchange_barriers(_SLOTS_OF_EXCHANGE),
+        exchange=exchange_barriers(_SLOTS_OF_EXCHANGE),
         d_rope=plgpu.SMEM((ROWS, rope), F32),
         queries=blocks.shared_memory(queries, _SLOTS, ROWS),
-        ring=hopper.ring_barriers(_SLOTS, len(queries)),
+        ring=ring_barriers(_SLOTS, len(queries)),
     )
-    run = hopper.kernel(
+    run = program.kernel(
         functools.partial(_key_tile, scale=scale, interpret=interpret),
         out_type=results,
         scratch=scratch,
@@ -178,10 +180,10 @@ def _key_tile(*refs, scale: float, interpret: bool) -> None:
     own, arrived = shared.own, shared.own_arrived
 
     def copy():
-        hopper.copy_in(key_arrays.at(sequence, head, rows), own, arrived)
+        copy_in(key_arrays.at(sequence, head, rows), own, arrived)
         shared.ring.fill(
             num_steps,
-            lambda step, slot, barrier: hopper.copy_in(
+            lambda step, slot, barrier: copy_in(
                 arrays.at(sequence, head, pl.ds((tile + num_steps - 1 - step) * ROWS, ROWS)),
                 blocks.pick(shared.queries, slot),
                 barrier,
@@ -197,7 +199,7 @@ def _key_tile(*refs, scale: float, interpret: bool) -> None:
             # The other warpgroup reads the values until then.
             shared.exchange.await_receipt(num_steps - 1)
             own.value[...] = d_value.astype(own.value.dtype)
-            hopper.copy_out((own.value,), (results[2].at[sequence, rows, head],))
+            copy_out((own.value,), (results[2].at[sequence, rows, head],))
 
         @pl.when(warpgroup == 1)
         def _():
@@ -205,9 +207,9 @@ def _key_tile(*refs, scale: float, interpret: bool) -> None:
             own.nope[...] = (scale * d_nope).astype(own.nope.dtype)
             shared.d_rope[...] = scale * d_rope
             targets = results[0].at[sequence, rows, head], results[1].at[sequence, head, rows]
-            hopper.copy_out((own.nope, shared.d_rope), targets)
+            copy_out((own.nope, shared.d_rope), targets)
 
-    hopper.specialise(compute, copy)
+    program.specialise(compute, copy)
 
 
 def _gradient_of_values(own, shared: _Shared, num_steps, scale, interpret):
@@ -216,16 +218,16 @@ def _gradient_of_values(own, shared: _Shared, num_steps, scale, interpret):
     def visit(step, slot, d_value, crosses):
         queries = blocks.pick(shared.queries, slot)
         products = [Factors(own.nope, queries.nope, True), Factors(own.rope, queries.rope, True)]
-        (logits,) = hopper.multiply([Sum(products, hopper.zeros(ROWS, ROWS))], interpret)
+        (logits,) = multiply([Sum(products, zeros(ROWS, ROWS))], interpret)
         pairs = blocks.Pairs(jnp.int32(0), rows_are_queries=False, crosses_diagonal=crosses)
         logits = pairs.mask(logits * (scale * LOG2_E), own.segments[...], queries.segments[...])
         log_sum = softmaxes.along_columns(queries.log_sum[...], logits.shape)
         probabilities = jnp.exp2(logits - log_sum).astype(own.value.dtype)
         shared.exchange.send(step, shared.probabilities, probabilities)
         product = Factors(probabilities, queries.d_out)
-        return hopper.multiply([Sum([product], d_value)], interpret)[0]
+        return multiply([Sum([product], d_value)], interpret)[0]
 
-    d_value = hopper.zeros(ROWS, own.value.shape[1])
+    d_value = zeros(ROWS, own.value.shape[1])
     last = num_steps - 1
     d_value = shared.ring.use(0, last, d_value, functools.partial(visit, crosses=False))
     return shared.ring.use_one(last, d_value, functools.partial(visit, crosses=True))
@@ -237,12 +239,12 @@ def _gradients_of_keys(own, shared: _Shared, num_steps, interpret):
     def visit(step, slot, sums):
         queries = blocks.pick(shared.queries, slot)
         product = Factors(own.value, queries.d_out, True)
-        (d_probabilities,) = hopper.multiply([Sum([product], hopper.zeros(ROWS, ROWS))], interpret)
+        (d_probabilities,) = multiply([Sum([product], zeros(ROWS, ROWS))], interpret)
         inner = softmaxes.along_columns(queries.inner[...], d_probabilities.shape)
         probabilities = shared.exchange.receive(step, shared.probabilities).astype(F32)
         d_logits = (probabilities * (d_probabilities - inner)).astype(own.nope.dtype)
         factors = Factors(d_logits, queries.nope), Factors(d_logits, queries.rope)
-        return hopper.multiply([Sum([f], s) for f, s in zip(factors, sums, strict=True)], interpret)
+        return multiply([Sum([f], s) for f, s in zip(factors, sums, strict=True)], interpret)
 
-    sums = hopper.zeros(ROWS, own.nope.shape[1]), hopper.zeros(ROWS, own.rope.shape[1])
+    sums = zeros(ROWS, own.nope.shape[1]), zeros(ROWS, own.rope.shape[1])
     return shared.ring.use(0, num_steps, sums, visit)

@@ -8,10 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from kimi_jax.kernels.hopper import COMPUTE, ROWS
-from kimi_jax.kernels.hopper_softmax import MASKED, along_columns, along_rows
-
-TILE = COMPUTE * ROWS  # positions of a thread block
+from kimi_jax.kernels.hopper.program import TILE
+from kimi_jax.kernels.hopper.softmax import MASKED, along_columns, along_rows
 
 
 class Keys(NamedTuple):

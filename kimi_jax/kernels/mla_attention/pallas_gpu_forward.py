@@ -19,12 +19,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from kimi_jax.kernels import hopper
-from kimi_jax.kernels import hopper_softmax as softmaxes
-from kimi_jax.kernels.hopper import COMPUTE, ROWS, Factors, Sum
-from kimi_jax.kernels.hopper_softmax import F32, LOG2_E
+from kimi_jax.kernels.hopper import program
+from kimi_jax.kernels.hopper import softmax as softmaxes
+from kimi_jax.kernels.hopper.program import COMPUTE, ROWS, TILE
+from kimi_jax.kernels.hopper.ring import copy_in, copy_out, ring_barriers
+from kimi_jax.kernels.hopper.softmax import F32, LOG2_E
+from kimi_jax.kernels.hopper.sums import Factors, Sum, multiply, zeros
 from kimi_jax.kernels.mla_attention import pallas_gpu_blocks as blocks
-from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import TILE, Keys
+from kimi_jax.kernels.mla_attention.pallas_gpu_blocks import Keys
 
 _SLOTS = 2  # of the ring; three do not fit in shared memory
 
@@ -55,8 +57,8 @@ def forward(
         *vectors,
         arrived=plgpu.Barrier(num_arrivals=3, num_barriers=COMPUTE),
     )
-    ring = hopper.ring_barriers(_SLOTS, len(keys))
-    run = hopper.kernel(
+    ring = ring_barriers(_SLOTS, len(keys))
+    run = program.kernel(
         functools.partial(_attend_tile, scale=scale, interpret=interpret),
         out_type=results,
         scratch=(own, blocks.shared_memory(keys, _SLOTS, TILE), ring),
@@ -76,7 +78,7 @@ def _attend_tile(*refs, scale: float, interpret: bool) -> None:
     def copy():
         ring.fill(
             tile + 1,
-            lambda step, slot, barrier: hopper.copy_in(
+            lambda step, slot, barrier: copy_in(
                 arrays.at(sequence, head, pl.ds(step * TILE, TILE)),
                 blocks.pick(key_blocks, slot),
                 barrier,
@@ -89,7 +91,7 @@ def _attend_tile(*refs, scale: float, interpret: bool) -> None:
         here, heads_here = (sequence, rows), (sequence, rows, head)
         own = blocks.pick(own_of_all, warpgroup)
         sources = (q_nope.at[heads_here], q_rope.at[heads_here], arrays.segments.at[here])
-        hopper.copy_in(sources, own[:3], own.arrived)
+        copy_in(sources, own[:3], own.arrived)
         plgpu.barrier_wait(own.arrived)
 
         def visit(step, slot, softmax, diagonal):
@@ -101,19 +103,19 @@ def _attend_tile(*refs, scale: float, interpret: bool) -> None:
         softmax = ring.use_one(tile, softmax, functools.partial(visit, diagonal=True))
         results = _store(own, softmax)
         columns = (x.at[sequence, head, rows] for x in (largest, log_sum))
-        hopper.copy_out(results, (out.at[heads_here], *columns))
+        copy_out(results, (out.at[heads_here], *columns))
 
-    hopper.specialise(compute, copy)
+    program.specialise(compute, copy)
 
 
 def _visit(own, keys, softmax, pairs, scale, interpret):
     """Meets the queries of a warpgroup with a block of keys."""
     products = [Factors(own.nope, keys.nope, True), Factors(own.rope, keys.rope, True)]
-    (logits,) = hopper.multiply([Sum(products, hopper.zeros(ROWS, TILE))], interpret)
+    (logits,) = multiply([Sum(products, zeros(ROWS, TILE))], interpret)
     logits = pairs.mask(logits * (scale * LOG2_E), own.segments[...], keys.segments[...])
     softmax, exponentials = softmaxes.add_logits(softmax, logits)
     product = Factors(exponentials.astype(keys.value.dtype), keys.value)
-    (weighted,) = hopper.multiply([Sum([product], softmax.weighted)], interpret)
+    (weighted,) = multiply([Sum([product], softmax.weighted)], interpret)
     return softmax._replace(weighted=weighted)
 
 

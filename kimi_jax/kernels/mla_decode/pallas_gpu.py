@@ -22,15 +22,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import hopper
-from kimi_jax.kernels import hopper_softmax as softmaxes
-from kimi_jax.kernels.hopper import COMPUTE, ROWS, Factors, Sum
-from kimi_jax.kernels.hopper_softmax import F32, LOG2_E, MASKED
+from kimi_jax.kernels.hopper import program
+from kimi_jax.kernels.hopper import softmax as softmaxes
+from kimi_jax.kernels.hopper.program import COMPUTE, ROWS
+from kimi_jax.kernels.hopper.ring import Ring, copy_in, copy_out, keep_rows, meet, ring_barriers
+from kimi_jax.kernels.hopper.softmax import F32, LOG2_E, MASKED
+from kimi_jax.kernels.hopper.sums import Factors, Sum, multiply, zeros
 
 _BLOCK = 64  # positions
 _SLOTS = 2  # of the ring
-_MULTIPROCESSORS = 132  # of an H100 or H200
-_COLUMNS = 64  # that are set to zero at once; a multiple of it may be wide
+_COLUMNS = 64  # that a swizzled block has; a multiple of it may be wide
 _MOST_LATENTS = 512
 _LEAST = 1e-30  # of a sum; that of a split without positions is zero
 
@@ -43,9 +44,9 @@ class _Scratch(NamedTuple):
     q_arrived: Any
     latents: Any  # [slots, 2, 64, C/2]
     k_rope: Any  # [slots, 64, R]
-    ring: hopper.Ring
+    ring: Ring
     log_sum: Any  # [64]
-    q_done: Any  # whether all warpgroups are done with the queries
+    met: Any  # where the warpgroups that calculate wait for each other
 
 
 def mla_decode(
@@ -63,7 +64,7 @@ def mla_decode(
     Raises:
       NotImplementedError: another GPU, another dtype, or widths that the blocks do not fit.
     """
-    hopper.require("mla_decode", q_latent.dtype, interpret)
+    program.require("mla_decode", q_latent.dtype, interpret)
     _check_widths(latents.shape[2], k_rope.shape[2])
     batch, num_heads, _ = q_latent.shape
     padding = -num_heads % ROWS
@@ -72,7 +73,7 @@ def mla_decode(
     latents, k_rope = (
         jnp.pad(x, ((0, 0), (0, max(0, _BLOCK - x.shape[1])), (0, 0))) for x in (latents, k_rope)
     )
-    num_splits = max(1, min(num_blocks, _MULTIPROCESSORS // (batch * head_blocks)))
+    num_splits = max(1, min(num_blocks, program.MULTIPROCESSORS // (batch * head_blocks)))
     operands = (q_latent, q_rope, latents, k_rope, lengths.astype(jnp.int32))
     parts, log_sums = _decode_splits(operands, num_splits, scale, interpret)
     weights = jax.nn.softmax(log_sums, axis=1)
@@ -105,12 +106,12 @@ def _decode_splits(
         q_arrived=plgpu.Barrier(num_arrivals=COMPUTE + 1),
         latents=plgpu.SMEM((_SLOTS, COMPUTE, _BLOCK, width // COMPUTE), dtype),
         k_rope=plgpu.SMEM((_SLOTS, _BLOCK, rope), dtype),
-        ring=hopper.ring_barriers(_SLOTS, num_copies=COMPUTE + 1),
+        ring=ring_barriers(_SLOTS, num_copies=COMPUTE + 1),
         log_sum=plgpu.SMEM((ROWS,), F32),
-        q_done=plgpu.Barrier(num_arrivals=COMPUTE),
+        met=plgpu.Barrier(num_arrivals=COMPUTE),
     )
     pairs = batch * num_heads * latents.shape[1]
-    run = hopper.kernel(
+    run = program.kernel(
         functools.partial(_decode_split, num_splits=num_splits, scale=scale, interpret=interpret),
         out_type=results,
         scratch=scratch,
@@ -166,8 +167,7 @@ def _decode_split(*refs, num_splits: int, scale: float, interpret: bool) -> None
             last, place.num_steps, softmax, functools.partial(visit, is_last=True)
         )
         # The output takes the place of the queries, which both warpgroups read.
-        plgpu.barrier_arrive(scratch.q_done)
-        plgpu.barrier_wait(scratch.q_done)
+        meet(scratch.met)
         part = out.at[(*target, pl.ds(warpgroup * width, width))]
         _store(scratch.q_latent.at[warpgroup], softmax, part)
 
@@ -175,9 +175,9 @@ def _decode_split(*refs, num_splits: int, scale: float, interpret: bool) -> None
         def _():
             found = softmax.largest / LOG2_E + jnp.log(jnp.maximum(softmax.total, _LEAST))
             scratch.log_sum[...] = jnp.where(softmax.total > 0.0, found, MASKED)
-            hopper.copy_out((scratch.log_sum,), (log_sum.at[target],))
+            copy_out((scratch.log_sum,), (log_sum.at[target],))
 
-    hopper.specialise(compute, lambda: _copy(arrays, scratch, place))
+    program.specialise(compute, lambda: _copy(arrays, scratch, place))
 
 
 def _copy(arrays: list[Any], scratch: _Scratch, place: _Place) -> None:
@@ -186,54 +186,46 @@ def _copy(arrays: list[Any], scratch: _Scratch, place: _Place) -> None:
     width = q_latent.shape[2] // COMPUTE
     parts = [pl.ds(i * width, width) for i in range(COMPUTE)]
 
-    def copy_in(of_latents, of_rope, rows, targets, barrier):
+    def bring(of_latents, of_rope, rows, targets, barrier):
         sources = [of_latents.at[place.sequence, rows, part] for part in parts]
         sources.append(of_rope.at[place.sequence, rows])
-        hopper.copy_in(sources, targets, barrier)
+        copy_in(sources, targets, barrier)
 
     targets = [scratch.q_latent.at[i] for i in range(COMPUTE)]
-    copy_in(q_latent, q_rope, place.heads, (*targets, scratch.q_rope), scratch.q_arrived)
+    bring(q_latent, q_rope, place.heads, (*targets, scratch.q_rope), scratch.q_arrived)
 
     def copies(step, slot, barrier):
         rows = pl.ds((place.first + step) * _BLOCK, _BLOCK)
         targets = [scratch.latents.at[slot, i] for i in range(COMPUTE)]
-        copy_in(latents, k_rope, rows, (*targets, scratch.k_rope.at[slot]), barrier)
+        bring(latents, k_rope, rows, (*targets, scratch.k_rope.at[slot]), barrier)
 
     scratch.ring.fill(place.num_steps, copies)
 
 
 def _visit(scratch, slot, warpgroup, softmax, used, scale, interpret):
     """Meets the heads with a block; `used` of its positions count, all if None."""
+    values = scratch.latents.at[slot, warpgroup]
+    if used is not None:
+        # Zero times what a cache holds behind the sequence might not be zero.
+        keep_rows(values, 0, used)
+        plgpu.commit_smem()
+        meet(scratch.met)
     products = [Factors(scratch.q_rope, scratch.k_rope.at[slot], True)]
     for part in (warpgroup, COMPUTE - 1 - warpgroup):
         products.append(Factors(scratch.q_latent.at[part], scratch.latents.at[slot, part], True))
-    (logits,) = hopper.multiply([Sum(products, hopper.zeros(ROWS, _BLOCK))], interpret)
+    (logits,) = multiply([Sum(products, zeros(ROWS, _BLOCK))], interpret)
     logits = logits * (scale * LOG2_E)
-    values = scratch.latents.at[slot, warpgroup]
     if used is not None:
         position = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         logits = jnp.where(position < used, logits, MASKED)
-        _clear(values, used)
     softmax, exponentials = softmaxes.add_logits(softmax, logits)
     product = Factors(exponentials.astype(values.dtype), values)
-    (weighted,) = hopper.multiply([Sum([product], softmax.weighted)], interpret)
+    (weighted,) = multiply([Sum([product], softmax.weighted)], interpret)
     return softmax._replace(weighted=weighted)
-
-
-def _clear(values: Any, used: Array) -> None:
-    """Sets rows from `used` on to zero: zero times what a cache holds there might not be zero.
-
-    The other warpgroup may be reading them for logits, which it masks.
-    """
-    for start in range(0, values.shape[1], _COLUMNS):
-        part = values.at[:, pl.ds(start, _COLUMNS)]
-        row = jax.lax.broadcasted_iota(jnp.int32, part.shape, 0)
-        part[...] = jnp.where(row < used, part[...], jnp.zeros(part.shape, part.dtype))
-    plgpu.commit_smem()
 
 
 def _store(ref: Any, softmax: softmaxes.Softmax, target: Any) -> None:
     total, weighted = softmax.total, softmax.weighted
     inverse = jnp.where(total > 0.0, 1.0 / jnp.maximum(total, _LEAST), 0.0)
     ref[...] = (weighted * softmaxes.along_rows(inverse, weighted.shape)).astype(ref.dtype)
-    hopper.copy_out((ref,), (target,))
+    copy_out((ref,), (target,))

@@ -1,8 +1,8 @@
 """Products of rows with matrices on Hopper GPUs, as programs that stay on their multiprocessor.
 
-Each program of a grid of `NUM_BLOCKS` takes result tiles ("units") in turn. One of its warpgroups
-copies blocks of the factors to a ring in shared memory, without a pause from unit to unit; two
-others multiply, each 64 of a tile's 128 rows, with sums in float32 in registers.
+Each program of a grid of `MULTIPROCESSORS` takes result tiles ("units") in turn. One of its
+warpgroups copies blocks of the factors to a ring in shared memory, without a pause from unit to
+unit; two others multiply, each 64 of a tile's 128 rows, with sums in float32 in registers.
 """
 
 import functools
@@ -15,10 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
-from kimi_jax.kernels import hopper
+from kimi_jax.kernels.hopper import program
+from kimi_jax.kernels.hopper.ring import Ring
 
-NUM_BLOCKS = 132  # multiprocessors of an H100 or H200 SXM
-TILE_ROWS = hopper.COMPUTE * hopper.ROWS
 ALIGNMENT = 8  # rows; copies of swizzled blocks start at multiples of it
 
 
@@ -43,15 +42,15 @@ def cut(group_sizes: Int[Array, "E"], num_rows: int) -> Tiles:
     end = jnp.cumsum(group_sizes)
     begin = end - group_sizes
     aligned = begin - begin % ALIGNMENT
-    tiles_of_group = jnp.where(group_sizes > 0, -((aligned - end) // TILE_ROWS), 0)
+    tiles_of_group = jnp.where(group_sizes > 0, -((aligned - end) // program.TILE), 0)
     last_tile = jnp.cumsum(tiles_of_group)
-    most = (num_rows + num_groups * (TILE_ROWS + ALIGNMENT)) // TILE_ROWS
+    most = (num_rows + num_groups * (program.TILE + ALIGNMENT)) // program.TILE
     index = jnp.arange(most, dtype=group_sizes.dtype)
     group = jnp.sum(index[:, None] >= last_tile[None, :], axis=1, dtype=group_sizes.dtype)
     group = jnp.minimum(group, num_groups - 1)
-    start = aligned[group] + (index - (last_tile - tiles_of_group)[group]) * TILE_ROWS
+    start = aligned[group] + (index - (last_tile - tiles_of_group)[group]) * program.TILE
     first = jnp.maximum(begin[group] - start, 0)
-    size = jnp.minimum(end[group] - start, TILE_ROWS) - first
+    size = jnp.minimum(end[group] - start, program.TILE) - first
     return Tiles(count=last_tile[-1:], group=group, start=start, first=first, size=size)
 
 
@@ -83,8 +82,8 @@ class Parts(Protocol):
     def copies(self, at: At, barrier: Any) -> None:
         """Starts the copies of a block; each arrives at the barrier once."""
 
-    def begin(self, at: At, warpgroup: Array) -> Any:
-        """Returns what `multiply` needs of a block and the `unrolled - 1` after it."""
+    def begin(self, done: Array, warpgroup: Array) -> Any:
+        """Returns what `multiply` needs of the `unrolled` blocks after the first `done`."""
 
     def multiply(self, at: At, warpgroup: Array, sums: Any, state: Any) -> None:
         """Adds a block's product to the sums."""
@@ -93,7 +92,7 @@ class Parts(Protocol):
         """Stores the sums."""
 
 
-def run(num_units: Array | int, ring: hopper.Ring, parts: Parts) -> None:
+def run(num_units: Array | int, ring: Ring, parts: Parts) -> None:
     """Computes this program's share of the units.
 
     Args:
@@ -119,40 +118,34 @@ def run(num_units: Array | int, ring: hopper.Ring, parts: Parts) -> None:
         for_units(lambda unit, done: _compute(parts, ring, unit, warpgroup, done))
         plgpu.wait_smem_to_gmem(0)
 
-    hopper.specialise(compute, copy)
+    program.specialise(compute, copy)
 
 
-def _fill(parts: Parts, ring: hopper.Ring, unit: Any, done: Array) -> Array:
+def _fill(parts: Parts, ring: Ring, unit: Any, done: Array) -> Array:
     """Fills slots with a unit's blocks, each once it is free; returns the blocks copied so far."""
-    slots = ring.full.shape[0]
 
     def step_of(step: Array, done: Array) -> Array:
-        at = At(unit, step, done, jax.lax.rem(done, slots))
-
-        @pl.when(done >= slots)
-        def _():
-            plgpu.barrier_wait(ring.empty.at[at.slot])
-
-        parts.copies(at, ring.full.at[at.slot])
+        slot = ring.await_free(done)
+        parts.copies(At(unit, step, done, slot), ring.full.at[slot])
         return done + 1
 
     return jax.lax.fori_loop(0, unit.steps, step_of, done)
 
 
-def _compute(parts: Parts, ring: hopper.Ring, unit: Any, warpgroup: Array, done: Array) -> Array:
+def _compute(parts: Parts, ring: Ring, unit: Any, warpgroup: Array, done: Array) -> Array:
     """Sums a unit's products and stores them; returns the number of blocks used so far."""
-    slots = ring.full.shape[0]
 
     def give_back(done: Array) -> None:
-        plgpu.barrier_arrive(ring.empty.at[jax.lax.rem(done - 1, slots)])
+        ring.give_back(done - 1)
 
     def multiply(sums: Any) -> Array:
         def steps(i: Array, done: Array) -> Array:
             state = None
             for part in range(parts.unrolled):
-                at = At(unit, i * parts.unrolled + part, done, jax.lax.rem(done, slots), part)
-                state = parts.begin(at, warpgroup) if part == 0 else state
-                plgpu.barrier_wait(ring.full.at[at.slot])
+                step = i * parts.unrolled + part
+                if part == 0:
+                    state = parts.begin(done, warpgroup)
+                at = At(unit, step, done, ring.await_block(done), part)
                 parts.multiply(at, warpgroup, sums, state)
                 # While this product runs, the slot of the one before is free again.
                 plgpu.wgmma_wait(1)
@@ -204,8 +197,8 @@ def row_unit(tiles: Tiles, number: Array, num_groups: int, columns: tuple[int, i
 
 def copy_rows(x: Any, start: Array, columns: Any, to: Any, barrier: Any) -> None:
     """Starts the two copies of a tile's rows, 64 for each warpgroup."""
-    for half in range(hopper.COMPUTE):
-        rows = pl.ds(start + half * hopper.ROWS, hopper.ROWS)
+    for half in range(program.COMPUTE):
+        rows = pl.ds(start + half * program.ROWS, program.ROWS)
         plgpu.copy_gmem_to_smem(x.at[rows, columns], to.at[half], barrier)
 
 
@@ -219,23 +212,13 @@ def store_rows(tiles: Tiles, unit: RowUnit, half: Array, sums: Array, to: tuple[
       sums: [64, columns].
       to: [2, 64, n] in shared memory, and the result.
     """
-    above = half * hopper.ROWS
+    above = half * program.ROWS
     first = tiles.first[unit.tile] - above
-    begin = jnp.clip(first, 0, hopper.ROWS)
-    end = jnp.clip(first + tiles.size[unit.tile], 0, hopper.ROWS)
+    begin = jnp.clip(first, 0, program.ROWS)
+    end = jnp.clip(first + tiles.size[unit.tile], 0, program.ROWS)
     rows = Rows(start=unit.start + above, first=begin, size=end - begin)
     staged, y = to
     store(sums, staged.at[half], y, rows, unit.column)
-
-
-def keep_rows(block: Any, first: Array, end: Array) -> None:
-    """Clears the rows of a block in shared memory before `first` and from `end` on."""
-    num_rows, width = block.shape
-    row = jax.lax.broadcasted_iota(jnp.int32, (num_rows, hopper.ROWS), 0)
-    row = plgpu.layout_cast(row, plgpu.Layout.WGMMA)
-    for left in range(0, width, hopper.ROWS):
-        part = block.at[:, left : left + hopper.ROWS]
-        part[...] = jnp.where((row >= first) & (row < end), part[...], 0)
 
 
 class Rows(NamedTuple):
@@ -274,7 +257,7 @@ def _store_rows(y_smem: Any, y: Any, rows: Rows, column: Array | int) -> None:
 
 def grid(num_units: int) -> dict[str, int]:
     """Returns the grid of a kernel with so many units at most."""
-    return {"block": min(NUM_BLOCKS, num_units)}
+    return {"block": min(program.MULTIPROCESSORS, num_units)}
 
 
 def pad(x: Array, multiples: Sequence[int], value: int = 0) -> Array:

@@ -46,7 +46,7 @@ def _oracle(x, w, d_y):
 
 
 @interpreted
-class GroupedMatmulGpuTest(parameterized.TestCase):
+class GroupedMatmulPallasGpuTest(parameterized.TestCase):
     def test_product_and_gradients_of_odd_widths_are_near_float64(self):
         x, w, d_y = _operands(72, 130)
         sizes = jnp.asarray(_SIZES, jnp.int32)

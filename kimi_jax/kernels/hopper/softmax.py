@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kimi_jax.kernels.hopper import ROWS, zeros
+from kimi_jax.kernels.hopper.program import ROWS
+from kimi_jax.kernels.hopper.sums import zeros
 
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # logit of a masked pair; finite, so that differences of two are numbers

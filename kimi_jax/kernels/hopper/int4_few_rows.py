@@ -3,7 +3,7 @@
 Compiled for an H100 and interpreted on a CPU; never timed.
 
 The tensor cores' 64 rows are the matrix's columns here, so that 8 rows of x cost 8. Order of the
-words, and how they are dequantised: `hopper_int4.py`.
+words, and how they are dequantised: `hopper/int4_products.py`.
 
 * Grid: a unit is 128 columns times part of the inputs, so many parts that all multiprocessors have
   one; XLA adds them up.
@@ -22,9 +22,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kimi_jax.kernels import hopper, hopper_int4, hopper_products
-from kimi_jax.kernels.hopper_int4 import BLOCK, PLANE, SLOTS, STRIP, Blocks, Memory
-from kimi_jax.kernels.hopper_products import At
+from kimi_jax.kernels.hopper import int4_products, products, program
+from kimi_jax.kernels.hopper.int4_products import BLOCK, PLANE, SLOTS, STRIP, Blocks, Memory
+from kimi_jax.kernels.hopper.products import At
+from kimi_jax.kernels.hopper.ring import ring_barriers
 from kimi_jax.quantization.int4 import CODES_PER_WORD, Int4Weight
 
 MOST_ROWS = 64
@@ -42,27 +43,27 @@ def multiply(
       interpret: runs on any platform, slowly.
     """
     (num_rows, _), width = x.shape, w.shape[2]
-    w = hopper_int4.whole_blocks(w)
+    w = int4_products.whole_blocks(w)
 
-    rows = hopper_int4.shuffle(hopper_products.pad(x, (_ROWS, BLOCK)))
+    rows = int4_products.shuffle(products.pad(x, (_ROWS, BLOCK)))
     blocks, strips = w.shape[1] // BLOCK, w.shape[2] // STRIP
-    blocks_of_part = -(-blocks * strips // hopper_products.NUM_BLOCKS)
+    blocks_of_part = -(-blocks * strips // program.MULTIPROCESSORS)
     parts = -(-blocks // blocks_of_part)
     shape = (parts, w.shape[2], rows.shape[0])
-    y = hopper.kernel(
+    y = program.kernel(
         functools.partial(_kernel, blocks_of_part=blocks_of_part),
         out_type=jax.ShapeDtypeStruct(shape, jnp.float32),
         scratch={
             "x_blocks": plgpu.SMEM((SLOTS, rows.shape[0], PLANE), x.dtype),
-            "planes": plgpu.SMEM((2, hopper.COMPUTE, PLANE, PLANE), x.dtype),
-            "staged": plgpu.SMEM((hopper.COMPUTE, PLANE, rows.shape[0]), jnp.float32),
-            "ring": hopper.ring_barriers(SLOTS, num_copies=1),
-            **hopper_int4.block_scratch(),
+            "planes": plgpu.SMEM((2, program.COMPUTE, PLANE, PLANE), x.dtype),
+            "staged": plgpu.SMEM((program.COMPUTE, PLANE, rows.shape[0]), jnp.float32),
+            "ring": ring_barriers(SLOTS, num_copies=1),
+            **int4_products.block_scratch(),
         },
-        grid=hopper_products.grid(parts * strips),
-        cost=hopper_int4.cost(num_rows, w),
+        grid=products.grid(parts * strips),
+        cost=int4_products.cost(num_rows, w),
         interpret=interpret,
-    )(rows, *hopper_int4.arrays(w))
+    )(rows, *int4_products.arrays(w))
     return jnp.sum(y, axis=0).astype(x.dtype).T[:num_rows, :width]
 
 
@@ -72,7 +73,7 @@ def _kernel(*refs, x_blocks, planes, staged, ring, words, scales, block_ring, bl
     blocks = Blocks(words, scales, block_ring)
     shape = (PLANE, x.shape[0])
     parts = _FewRows(memory, x_blocks, blocks, planes, staged, blocks_of_part, shape)
-    hopper_products.run(y.shape[0] * (y.shape[1] // STRIP), ring, parts)
+    products.run(y.shape[0] * (y.shape[1] // STRIP), ring, parts)
 
 
 class _Unit(NamedTuple):
@@ -86,7 +87,7 @@ class _Unit(NamedTuple):
 
 
 class _FewRows(NamedTuple):
-    """See `hopper_products.Parts`."""
+    """See `products.Parts`."""
 
     memory: Memory
     x_blocks: Any  # [slots, rows, 64]
@@ -116,18 +117,18 @@ class _FewRows(NamedTuple):
         plgpu.copy_gmem_to_smem(self.memory.x.at[:, columns], self.x_blocks.at[at.slot], barrier)
         self.blocks.fill(self.memory, at, jax.lax.div(step, CODES_PER_WORD))
 
-    def begin(self, at: At, warpgroup):
-        return self.blocks.take(at, warpgroup)
+    def begin(self, done, warpgroup):
+        return self.blocks.take(done, warpgroup)
 
     def multiply(self, at: At, warpgroup, sums, state):
         plane = self.planes.at[jax.lax.rem(at.done, 2), warpgroup]
-        plane[...] = hopper_int4.plane(*state, at.part)
+        plane[...] = int4_products.plane(*state, at.part)
         plgpu.commit_smem()
         plgpu.wgmma(sums, plane.transpose((1, 0)), self.x_blocks.at[at.slot].transpose((1, 0)))
 
     def finish(self, unit: _Unit, warpgroup, sums):
-        rows = hopper_products.Rows(
+        rows = products.Rows(
             start=unit.column + warpgroup * PLANE, first=jnp.int32(0), size=jnp.int32(PLANE)
         )
         y = self.memory.y.at[unit.part]
-        hopper_products.store(sums, self.staged.at[warpgroup], y, rows, 0)
+        products.store(sums, self.staged.at[warpgroup], y, rows, 0)

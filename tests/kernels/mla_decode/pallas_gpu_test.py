@@ -8,6 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kimi_jax.kernels.hopper import program
 from kimi_jax.kernels.mla_decode import cases, pallas_gpu
 from tests.support.gradients import FLOAT32_TOLERANCE, assert_close
 
@@ -48,7 +49,7 @@ class MlaDecodePallasGpuTest(parameterized.TestCase):
         behind = np.arange(_CASE.positions) >= np.array(_CASE.lengths)[:, None]
         for of_cache in operands[2:]:
             of_cache[behind] = np.nan
-        with mock.patch.object(pallas_gpu, "_MULTIPROCESSORS", multiprocessors):
+        with mock.patch.object(program, "MULTIPROCESSORS", multiprocessors):
             actual = pallas_gpu.mla_decode(
                 *(jnp.asarray(a, jnp.float32) for a in operands),
                 jnp.array(_CASE.lengths, jnp.int32),

@@ -4,7 +4,7 @@ Compiled for an H100 and interpreted on a CPU; never timed.
 
 The tensor cores know no four bits: a block is dequantised into shared memory as bfloat16, each
 value code * float32(scale) rounded once, and multiplied from there while the next one is
-dequantised. Tiles of rows and units: `hopper_products.py`; a unit is 128 rows times 128 columns.
+dequantised. Tiles of rows and units: `hopper/products.py`; a unit is 128 rows times 128 columns.
 
 Words hold eight codes along K. Their row k / 8 = 64 b + 4 g + j (g < 16, j < 4) is copied to row
 16 j + g of block b: there all words lie beside their scales, whose 16 rows are copied four times
@@ -28,8 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from kimi_jax.kernels import hopper, hopper_products
-from kimi_jax.kernels.hopper_products import At, RowUnit, Tiles
+from kimi_jax.kernels.hopper import products, program
+from kimi_jax.kernels.hopper.products import At, RowUnit, Tiles
+from kimi_jax.kernels.hopper.ring import Ring, meet, ring_barriers
 from kimi_jax.quantization.int4 import CODES_PER_WORD, GROUP_SIZE, Int4Weight
 
 PLANE = 64  # rows of words that are dequantised together
@@ -61,10 +62,10 @@ def multiply(
     """
     width = w.shape[2]
     w = whole_blocks(w)
-    x = hopper_products.pad(x, (BLOCK,))
+    x = products.pad(x, (BLOCK,))
     scratch = {
         "planes": plgpu.SMEM((2, PLANE, STRIP), jnp.bfloat16),
-        "ring": hopper.ring_barriers(SLOTS, num_copies=hopper.COMPUTE),
+        "ring": ring_barriers(SLOTS, num_copies=program.COMPUTE),
         **block_scratch(),
     }
     y = _call(_multiply_kernel, shuffle(x), w, group_sizes, w.shape[2], scratch, interpret)
@@ -81,12 +82,12 @@ def multiply_transposed(
     """Returns d_y w[g]^T; arguments as in `multiply`."""
     width = w.shape[1]
     w = whole_blocks(w)
-    d_y = hopper_products.pad(d_y, (STRIP,))
+    d_y = products.pad(d_y, (STRIP,))
     scratch = {
         "words": plgpu.SMEM((SLOTS, PLANE, PLANE), jnp.int32),
         "scales": plgpu.SMEM((SLOTS, PLANE, PLANE), jnp.bfloat16),
         "planes": plgpu.SMEM((2, STRIP, PLANE), jnp.bfloat16),
-        "ring": hopper.ring_barriers(SLOTS, num_copies=hopper.COMPUTE + _COPIES),
+        "ring": ring_barriers(SLOTS, num_copies=program.COMPUTE + _COPIES),
     }
     d_x = _call(_transposed_kernel, d_y, w, group_sizes, w.shape[1], scratch, interpret)
     return unshuffle(d_x)[:, :width]
@@ -117,26 +118,26 @@ def whole_blocks(w: Int4Weight) -> Int4Weight:
         )
     scales = jnp.repeat(w.scales, w.group_size // GROUP_SIZE, axis=-2)
     return Int4Weight(
-        codes=hopper_products.pad(w.codes, (PLANE, STRIP), _ZEROS),
-        scales=hopper_products.pad(scales, (_GROUPS, STRIP)),
+        codes=products.pad(w.codes, (PLANE, STRIP), _ZEROS),
+        scales=products.pad(scales, (_GROUPS, STRIP)),
     )
 
 
 def _call(kernel, x, w, group_sizes, num_columns, scratch, interpret):
     """Runs a kernel on rows, the matrices of their groups, and a result of so many columns."""
     num_rows = x.shape[0]
-    tiles = hopper_products.cut(hopper_products.with_spare_rows(group_sizes, num_rows), num_rows)
-    rows = (hopper.COMPUTE, hopper.ROWS)
-    return hopper.kernel(
+    tiles = products.cut(products.with_spare_rows(group_sizes, num_rows), num_rows)
+    rows = (program.COMPUTE, program.ROWS)
+    return program.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype),
         scratch={
             "x_blocks": plgpu.SMEM((SLOTS, *rows, PLANE), x.dtype),
             "staged": plgpu.SMEM((*rows, STRIP), x.dtype),
-            "ready": plgpu.Barrier(num_arrivals=hopper.COMPUTE),
+            "ready": plgpu.Barrier(num_arrivals=program.COMPUTE),
             **scratch,
         },
-        grid=hopper_products.grid(tiles.group.size * (num_columns // STRIP)),
+        grid=products.grid(tiles.group.size * (num_columns // STRIP)),
         cost=cost(num_rows, w),
         interpret=interpret,
     )(*tiles, x, *arrays(w))
@@ -170,7 +171,11 @@ class Memory(NamedTuple):
     def unit(self, number: Array) -> RowUnit:
         """Returns a tile of rows times a strip of columns."""
         columns, steps = (self.y.shape[1], STRIP), self.x.shape[1] // PLANE
-        return hopper_products.row_unit(self.tiles, number, self.words.shape[0], columns, steps)
+        return products.row_unit(self.tiles, number, self.words.shape[0], columns, steps)
+
+    def copy_rows(self, at: At, to: Any, barrier: Any) -> None:
+        """Starts the copies of a unit's rows times the 64 inputs of a step."""
+        products.copy_rows(self.x, at.unit.start, _step_columns(at), to, barrier)
 
     def copy_block(
         self, group: Array | int, block: Array, columns: Any, to: Any, barrier: Any
@@ -193,30 +198,26 @@ class Blocks(NamedTuple):
 
     words: Any  # [2, 64, 128]
     scales: Any  # [2, 64, 128]
-    ring: hopper.Ring
+    ring: Ring
 
     def fill(self, memory: Memory, at: At, block: Array) -> None:
         """Starts, at the first of eight steps, the copies of a block."""
-        done = jax.lax.div(at.done, CODES_PER_WORD)
-        slot = jax.lax.rem(done, _BLOCK_SLOTS)
 
         @pl.when(jax.lax.rem(at.step, CODES_PER_WORD) == 0)
         def _():
-            @pl.when(done >= _BLOCK_SLOTS)
-            def _():
-                plgpu.barrier_wait(self.ring.empty.at[slot])
-
+            slot = self.ring.await_free(jax.lax.div(at.done, CODES_PER_WORD))
             columns = pl.ds(at.unit.column, STRIP)
             to = self.words.at[slot], self.scales.at[slot]
             memory.copy_block(at.unit.group, block, columns, to, self.ring.full.at[slot])
 
-    def take(self, at: At, warpgroup: Array) -> tuple[Array, Array]:
+    def take(self, done: Array, warpgroup: Array) -> tuple[Array, Array]:
         """Returns a warpgroup's 64 columns of words and scales, in registers."""
-        slot = jax.lax.rem(jax.lax.div(at.done, CODES_PER_WORD), _BLOCK_SLOTS)
         columns = _half(warpgroup)
-        plgpu.barrier_wait(self.ring.full.at[slot])
-        words, scales = self.words[slot, :, columns], self.scales[slot, :, columns]
-        plgpu.barrier_arrive(self.ring.empty.at[slot])
+
+        def read(step, slot, state):
+            return self.words[slot, :, columns], self.scales[slot, :, columns]
+
+        words, scales = self.ring.use_one(jax.lax.div(done, CODES_PER_WORD), None, read)
         return words, scales.astype(jnp.float32)
 
 
@@ -225,7 +226,7 @@ def block_scratch() -> dict[str, Any]:
     return {
         "words": plgpu.SMEM((_BLOCK_SLOTS, PLANE, STRIP), jnp.int32),
         "scales": plgpu.SMEM((_BLOCK_SLOTS, PLANE, STRIP), jnp.bfloat16),
-        "block_ring": hopper.ring_barriers(_BLOCK_SLOTS, num_copies=_COPIES),
+        "block_ring": ring_barriers(_BLOCK_SLOTS, num_copies=_COPIES),
     }
 
 
@@ -237,8 +238,11 @@ def _meet(ready: Any) -> None:
     """
     plgpu.commit_smem()
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(ready)
-    plgpu.barrier_wait(ready)
+    meet(ready)
+
+
+def _step_columns(at: At) -> Any:
+    return pl.ds(at.step * PLANE, PLANE)
 
 
 def _half(warpgroup: Array) -> Any:
@@ -249,11 +253,11 @@ def _multiply_kernel(*refs, x_blocks, staged, ready, words, scales, planes, ring
     *plan, x, codes, scales_of, y = refs
     memory = Memory(Tiles(*plan), x, codes, scales_of, y)
     parts = _Forward(memory, x_blocks, Blocks(words, scales, block_ring), planes, staged, ready)
-    hopper_products.run(memory.tiles.count[0] * (y.shape[1] // STRIP), ring, parts)
+    products.run(memory.tiles.count[0] * (y.shape[1] // STRIP), ring, parts)
 
 
 class _Forward(NamedTuple):
-    """Each block of words serves eight blocks of rows; see `hopper_products.Parts`."""
+    """Each block of words serves eight blocks of rows; see `products.Parts`."""
 
     memory: Memory
     x_blocks: Any  # [slots, 2, 64, 64]
@@ -261,22 +265,18 @@ class _Forward(NamedTuple):
     planes: Any  # [2, 64, 128]
     staged: Any  # [2, 64, 128]
     ready: Any
-    shape: tuple[int, int] = (hopper.ROWS, STRIP)
+    shape: tuple[int, int] = (program.ROWS, STRIP)
     unrolled: int = CODES_PER_WORD
 
     def unit(self, number):
         return self.memory.unit(number)
 
     def copies(self, at: At, barrier):
-        columns = pl.ds(at.step * PLANE, PLANE)
-        hopper_products.copy_rows(
-            self.memory.x, at.unit.start, columns, self.x_blocks.at[at.slot], barrier
-        )
-
+        self.memory.copy_rows(at, self.x_blocks.at[at.slot], barrier)
         self.blocks.fill(self.memory, at, jax.lax.div(at.step, CODES_PER_WORD))
 
-    def begin(self, at: At, warpgroup):
-        return self.blocks.take(at, warpgroup)
+    def begin(self, done, warpgroup):
+        return self.blocks.take(done, warpgroup)
 
     def multiply(self, at: At, warpgroup, sums, state):
         to = jax.lax.rem(at.done, 2)
@@ -286,18 +286,18 @@ class _Forward(NamedTuple):
 
     def finish(self, unit, warpgroup, sums):
         to = (self.staged, self.memory.y)
-        hopper_products.store_rows(self.memory.tiles, unit, warpgroup, sums, to)
+        products.store_rows(self.memory.tiles, unit, warpgroup, sums, to)
 
 
 def _transposed_kernel(*refs, x_blocks, staged, ready, words, scales, planes, ring):
     *plan, d_y, codes, scales_of, d_x = refs
     memory = Memory(Tiles(*plan), d_y, codes, scales_of, d_x)
     parts = _Transposed(memory, x_blocks, words, scales, planes, staged, ready)
-    hopper_products.run(memory.tiles.count[0] * (d_x.shape[1] // STRIP), ring, parts)
+    products.run(memory.tiles.count[0] * (d_x.shape[1] // STRIP), ring, parts)
 
 
 class _Transposed(NamedTuple):
-    """Each warpgroup dequantises one nibble of a block; see `hopper_products.Parts`."""
+    """Each warpgroup dequantises one nibble of a block; see `products.Parts`."""
 
     memory: Memory
     x_blocks: Any  # [slots, 2, 64, 64]
@@ -306,26 +306,23 @@ class _Transposed(NamedTuple):
     planes: Any  # [2, 128, 64]
     staged: Any  # [2, 64, 128]
     ready: Any
-    shape: tuple[int, int] = (hopper.ROWS, STRIP)
+    shape: tuple[int, int] = (program.ROWS, STRIP)
     unrolled: int = 1
 
     def unit(self, number):
         return self.memory.unit(number)
 
     def copies(self, at: At, barrier):
-        columns = pl.ds(at.step * PLANE, PLANE)
-        hopper_products.copy_rows(
-            self.memory.x, at.unit.start, columns, self.x_blocks.at[at.slot], barrier
-        )
+        self.memory.copy_rows(at, self.x_blocks.at[at.slot], barrier)
         self.memory.copy_block(
             at.unit.group,
             jax.lax.div(at.unit.column, BLOCK),
-            columns,
+            _step_columns(at),
             (self.words.at[at.slot], self.scales.at[at.slot]),
             barrier,
         )
 
-    def begin(self, at: At, warpgroup):
+    def begin(self, done, warpgroup):
         return None
 
     def multiply(self, at: At, warpgroup, sums, state):
@@ -340,4 +337,4 @@ class _Transposed(NamedTuple):
 
     def finish(self, unit, warpgroup, sums):
         to = (self.staged, self.memory.y)
-        hopper_products.store_rows(self.memory.tiles, unit, warpgroup, sums, to)
+        products.store_rows(self.memory.tiles, unit, warpgroup, sums, to)
