@@ -153,8 +153,7 @@ def vary(
 
     AdamW runs without QK-clip. The seed is of the weights and of the order of the data.
     """
-    schedule = base.optimizer.schedule
-    rescaled = dataclasses.replace(schedule, peak=peak, final=schedule.final / schedule.peak * peak)
+    rescaled = with_peak(base.optimizer.schedule, peak)
     threshold = base.optimizer.qk_clip_threshold if optimizer is OptimizerName.MUON_CLIP else None
     varied = dataclasses.replace(
         base,
@@ -167,15 +166,22 @@ def vary(
     return with_steps(varied, round(base.training.num_steps * share))
 
 
+def with_peak(schedule: ScheduleConfig, peak: float) -> ScheduleConfig:
+    """Returns a schedule whose rates are all higher or lower by the same factor."""
+    names = ("final", "anneal_start", "anneal_final")
+    rates = {name: getattr(schedule, name) for name in names}
+    scaled = {name: rate / schedule.peak * peak for name, rate in rates.items() if rate}
+    return dataclasses.replace(schedule, peak=peak, **scaled)
+
+
 def with_steps(config: ExperimentConfig, num_steps: int) -> ExperimentConfig:
     """Returns a longer or shorter run; its phases keep their shares."""
     stretch = num_steps / config.training.num_steps
     schedule = config.optimizer.schedule
-    schedule = dataclasses.replace(
-        schedule,
-        warmup_steps=round(schedule.warmup_steps * stretch),
-        decay_steps=round(schedule.decay_steps * stretch),
-    )
+    names = ("warmup_steps", "stable_steps", "decay_steps", "anneal_steps")
+    phases = {name: getattr(schedule, name) for name in names}
+    stretched = {name: round(steps * stretch) for name, steps in phases.items() if steps}
+    schedule = dataclasses.replace(schedule, **stretched)
     return dataclasses.replace(
         config,
         optimizer=dataclasses.replace(config.optimizer, schedule=schedule),

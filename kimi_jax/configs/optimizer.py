@@ -21,7 +21,8 @@ class ScheduleConfig:
 
     The learning rate rises linearly over `warmup_steps`, stays at `peak` for `stable_steps`, decays
     to `final` over `decay_steps`, and, where `anneal_steps` is not 0, goes on linearly to
-    `anneal_final`. After the last phase it stays where it is.
+    `anneal_final`, from `anneal_start` where that is given. After the last phase it stays where it
+    is.
 
     Attributes:
       peak: learning rate after warm-up.
@@ -31,6 +32,8 @@ class ScheduleConfig:
       decay: shape of the decay.
       final: learning rate after the decay.
       anneal_steps: steps of the linear anneal that follows.
+      anneal_start: learning rate that the anneal falls from; None takes the one before it. A higher
+        one trains a model that has settled once more, as a second phase of training does.
       anneal_final: learning rate after the anneal.
     """
 
@@ -41,12 +44,13 @@ class ScheduleConfig:
     decay: Decay = Decay.COSINE
     final: float = 0.0
     anneal_steps: int = 0
+    anneal_start: float | None = None
     anneal_final: float = 0.0
 
     def __post_init__(self):
         section = "optimizer.schedule"
         check_fields(self, section)
-        require_positive(self, section, "peak")
+        require_positive(self, section, "peak", "anneal_start")
         for name in ("warmup_steps", "decay_steps", "anneal_steps", "final", "anneal_final"):
             value = getattr(self, name)
             require(value >= 0, f"{section}.{name} must not be negative, got {value}")

@@ -26,15 +26,16 @@ def learning_rate_schedule(config: ScheduleConfig, num_steps: int) -> optax.Sche
       learning rates of that shape; it can be traced.
 
     Raises:
-      ConfigError: the phases are longer than the run, or a final value is given for a phase that
-        does not exist.
+      ConfigError: the phases are longer than the run, or a value is given for a phase that does not
+        exist.
     """
-    _check_final_values(config)
+    _check_values(config)
     stable_steps = _stable_steps(config, num_steps)
     decay_start = config.warmup_steps + stable_steps
     anneal_start = decay_start + config.decay_steps
     decays = config.decay_steps > 0 and config.decay is not Decay.CONSTANT
     decayed = config.final if decays else config.peak
+    start = decayed if config.anneal_start is None else config.anneal_start
 
     def learning_rate(step) -> jax.Array:
         done = jnp.asarray(step, jnp.float32) + 1.0
@@ -45,7 +46,7 @@ def learning_rate_schedule(config: ScheduleConfig, num_steps: int) -> optax.Sche
             rate = jnp.where(done > decay_start, decay, rate)
         if config.anneal_steps:
             fraction = _progress(done, anneal_start, config.anneal_steps)
-            anneal = decayed + (config.anneal_final - decayed) * fraction
+            anneal = start + (config.anneal_final - start) * fraction
             rate = jnp.where(done > anneal_start, anneal, rate)
         return rate
 
@@ -78,16 +79,18 @@ def _stable_steps(config: ScheduleConfig, num_steps: int) -> int:
     return num_steps - moving_steps if config.stable_steps is None else config.stable_steps
 
 
-def _check_final_values(config: ScheduleConfig) -> None:
-    """Raises `ConfigError` for a final value that no phase would ever reach."""
+def _check_values(config: ScheduleConfig) -> None:
+    """Raises `ConfigError` for a value that no phase would ever reach."""
     require(
         config.final == 0 or (config.decay_steps > 0 and config.decay is not Decay.CONSTANT),
         f"{_SECTION}.final is {config.final} but nothing decays; set {_SECTION}.decay_steps above "
         f"0 (now {config.decay_steps}) and {_SECTION}.decay to 'cosine' or 'linear' (now "
         f"{config.decay.value!r}), or leave final at 0",
     )
-    require(
-        config.anneal_final == 0 or config.anneal_steps > 0,
-        f"{_SECTION}.anneal_final is {config.anneal_final} but {_SECTION}.anneal_steps is 0; set "
-        "anneal_steps above 0 or leave anneal_final at 0",
-    )
+    for name, unused in (("anneal_start", None), ("anneal_final", 0)):
+        value = getattr(config, name)
+        require(
+            value == unused or config.anneal_steps > 0,
+            f"{_SECTION}.{name} is {value} but {_SECTION}.anneal_steps is 0; set anneal_steps "
+            f"above 0 or leave {name} at {unused}",
+        )

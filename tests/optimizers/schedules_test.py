@@ -70,6 +70,13 @@ class ScheduleTest(parameterized.TestCase):
         rates = learning_rate_schedule(config, num_steps=6)(np.arange(7))
         np.testing.assert_allclose(rates, [1, 1, 1, 1, 0.75, 0.5, 0.5], rtol=RTOL)
 
+    def test_an_anneal_may_start_from_a_rate_of_its_own(self):
+        config = ScheduleConfig(
+            peak=1.0, decay_steps=2, decay=Decay.LINEAR, anneal_steps=4, anneal_start=0.4
+        )
+        rates = learning_rate_schedule(config, num_steps=6)(np.arange(7))
+        np.testing.assert_allclose(rates, [0.5, 0.0, 0.3, 0.2, 0.1, 0.0, 0.0], rtol=RTOL)
+
     def test_phases_longer_than_the_run_are_refused(self):
         config = ScheduleConfig(peak=1.0, warmup_steps=10, stable_steps=50, decay_steps=41)
         with self.assertRaisesRegex(ConfigError, "needs 101 steps.*training.num_steps is 100"):
@@ -79,6 +86,7 @@ class ScheduleTest(parameterized.TestCase):
         ({"final": 0.1}, "final is 0.1 but nothing decays"),
         ({"final": 0.1, "decay_steps": 5, "decay": Decay.CONSTANT}, "nothing decays"),
         ({"anneal_final": 0.1}, "anneal_final is 0.1 but"),
+        ({"anneal_start": 0.1}, "anneal_start is 0.1 but"),
     )
     def test_final_values_that_no_phase_reaches_are_refused(self, options, message):
         with self.assertRaisesRegex(ConfigError, message):

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
+from kimi_jax.configs.optimizer import ScheduleConfig
 from kimi_jax.configs.quantization import QuantizationConfig, WeightFormat
+from kimi_jax.optimizers.schedules import learning_rate_schedule
 from tests.support import tiny
 from tools import ablation_sweep
 
@@ -78,6 +80,26 @@ class WithStepsTest(absltest.TestCase):
         rounded = QuantizationConfig(format=WeightFormat.INT4, start_step=2)
         config = dataclasses.replace(tiny.experiment(), quantization=rounded)
         self.assertEqual(ablation_sweep.with_steps(config, 8).quantization.start_step, 4)
+
+
+class ScheduleTest(absltest.TestCase):
+    def test_another_peak_moves_all_rates_and_another_length_all_phases(self):
+        schedule = ScheduleConfig(
+            peak=1.0,
+            warmup_steps=2,
+            decay_steps=4,
+            final=0.1,
+            anneal_steps=6,
+            anneal_start=0.4,
+            anneal_final=0.2,
+        )
+        config = tiny.experiment(optimizer={"schedule": schedule}, training={"num_steps": 20})
+        rates = learning_rate_schedule(schedule, 20)(np.arange(20))
+        doubled = learning_rate_schedule(ablation_sweep.with_peak(schedule, 2.0), 20)
+        np.testing.assert_allclose(doubled(np.arange(20)), 2 * rates, rtol=1e-6)
+        longer = ablation_sweep.with_steps(config, 40).optimizer.schedule
+        stretched = learning_rate_schedule(longer, 40)(np.arange(1, 40, 2))
+        np.testing.assert_allclose(stretched, rates, rtol=1e-6)
 
 
 if __name__ == "__main__":
