@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from kimi_jax.kernels import stationary, tile_table
-from kimi_jax.kernels.stationary import Shape, Tiles
+from kimi_jax.kernels import stationary, tile_table, tpu
+from kimi_jax.kernels.stationary import Shape, Tiles, Weight
 
 _TILES = Tiles(rows=16, outputs=128)
 
@@ -18,30 +18,27 @@ class ProductTest(parameterized.TestCase):
     ):
         made = []
 
-        def make(stored):
+        def make(stored, dtype):
             jax.debug.callback(lambda: made.append(stored.shape))
-            return 2.0 * stored
+            return 2.0 * stored.astype(dtype)
 
         rng = np.random.default_rng(0)
-        x, w = rng.standard_normal((rows, 256)), rng.standard_normal((256, 384))
-        y = stationary.product(
-            jnp.asarray(x, jnp.float32),
-            (jnp.asarray(w.T if transposed else w, jnp.float32),),
-            make,
-            outputs=384,
-            transposed=transposed,
-            tiles=_TILES,
-            name="product",
-            interpret=True,
+        w = rng.standard_normal((512, 256))
+        x = rng.standard_normal((rows, 256 if transposed else 512))
+        stored = (jnp.asarray(w, jnp.float32),)
+        weight = Weight("product", stored, zeros=(0,), inputs=512, group_size=1, make=make)
+        y = stationary.multiply(
+            jnp.asarray(x, jnp.float32), weight, transposed=transposed, tiles=_TILES, interpret=True
         )
         jax.effects_barrier()
-        np.testing.assert_allclose(y, 2.0 * x @ w, rtol=1e-4, atol=1e-4)
-        self.assertEqual(made, 3 * [(128, 256) if transposed else (256, 128)])
+        expected = 2.0 * x @ (w.T if transposed else w)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+        self.assertEqual(made, 4 * [(128, 256)] if transposed else 2 * [(512, 128)])
 
 
 class TilesTest(parameterized.TestCase):
     def _chosen(self, found, rows):
-        shape = Shape(rows, contracted=1024, outputs=512, stored_bytes=2048)
+        shape = Shape(rows, contracted=1024, outputs=512, entry_bytes=2.0)
         with mock.patch.object(tile_table, "tiles", return_value=found) as tiles:
             chosen = stationary.choose("op", {"rows": rows, "inputs": 7}, shape)
         tiles.assert_called_once_with("op", rows=rows, inputs=7)
@@ -59,18 +56,18 @@ class TilesTest(parameterized.TestCase):
         self.assertEqual(self._chosen({"rows": 16, "outputs": 128}, 16)[0], Tiles(16, 128))
 
     def test_the_rule_takes_many_rows_and_at_most_512_outputs(self):
-        small = Shape(4096, contracted=256, outputs=3584, stored_bytes=512)
+        small = Shape(4096, contracted=256, outputs=3584, entry_bytes=2.0)
         self.assertEqual(stationary.by_rule(small, "v5p"), Tiles(1024, 512))
 
     @parameterized.parameters(("v5p", False), ("v6e", True), (None, False))
     def test_candidates_are_tiles_whose_blocks_fit_the_chips_memory(self, chip, fits_the_largest):
-        shape = Shape(4096, contracted=7168, outputs=2048, stored_bytes=2 * 7168)
+        shape = Shape(4096, contracted=7168, outputs=2048, entry_bytes=2.0)
         fitting = [Tiles(**tiles) for tiles in stationary.candidates(shape, chip)]
         self.assertNotEmpty(fitting)
         for rows, outputs in fitting:
             blocks = 2 * (rows * 7168 + rows * outputs + 7168 * outputs)  # in bfloat16
             made = 2 * 7168 * outputs
-            self.assertLessEqual(2 * blocks + made, stationary.vmem_bytes(chip))
+            self.assertLessEqual(2 * blocks + made, tpu.facts(chip).vmem_bytes)
         self.assertEqual(Tiles(1024, 1024) in fitting, fits_the_largest)
 
     def test_one_step_in_as_many_as_there_are_tiles_of_rows_makes_the_weight(self):
