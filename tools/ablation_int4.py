@@ -10,13 +10,14 @@ import numpy as np
 from ablation_sweep import Sweep, final_loss, vary
 from ablation_table import row, rule
 
-from kimi_jax.analysis import compare
+from kimi_jax.analysis import compare, style
 from kimi_jax.analysis.run_log import RunLog
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.configs.optimizer import OptimizerName
 from kimi_jax.configs.quantization import QuantizationConfig
 
 _ROUNDED = "eval/rounded_loss"
+_SHOWN_BEFORE = 0.9  # share of the tokens before the switch that are not drawn
 
 
 def compare_int4(
@@ -73,21 +74,23 @@ def describe(plain: RunLog, qat: RunLog) -> dict[str, float]:
 
 
 def draw(logs: dict[str, RunLog], config: ExperimentConfig, out: pathlib.Path) -> None:
-    """Draws held-out loss from before the switch on."""
+    """Draws held-out loss from shortly before the switch on, and where rounding would end."""
     _, rounded = logs["bfloat16"].series(_ROUNDED)
-    switch = config.quantization.start_step * config.batch_tokens
+    switch = config.quantization.start_step
     figure = compare.curves(
         logs,
         metric="eval/loss",
         title="Held-out loss",
-        horizontal={"bfloat16, rounded at the end": float(rounded[-1])},
-        vertical={"INT4 begins": switch},
+        vertical={"INT4 begins": switch * config.batch_tokens},
     )
     (axis,) = figure.axes
+    end = config.training.num_steps * config.batch_tokens
+    axis.plot(end, rounded[-1], "o", color=style.PALETTE[0], label="bfloat16, rounded at the end")
+    style.legend(axis)
     steps, losses = logs["QAT"].series("eval/loss")
-    shown = losses[steps >= config.quantization.start_step // 2]
-    axis.set_xlim(left=switch // 2)
-    axis.set_ylim(top=float(np.max(shown)))
+    shown = np.append(losses[steps + 1 >= switch], rounded[-1])
+    axis.set_xlim(left=_SHOWN_BEFORE * switch * config.batch_tokens)
+    axis.set_ylim(top=float(np.max(shown)) + float(np.ptp(shown)))
     figure.savefig(out / "int4.png")
 
 
