@@ -8,9 +8,7 @@ from jaxtyping import Array
 
 from kimi_jax.core.platform import target_chip
 from kimi_jax.kernels import tpu
-
-# Eight nibbles of 8, which stand for zeros; as a mask, they turn code + 8 into two's complement.
-ZEROS = -0x77777778
+from kimi_jax.quantization.int4 import ZERO_WORD
 
 
 def dequantize(words: Array, scales: Array, dtype: Any) -> Array:
@@ -27,6 +25,7 @@ def dequantize(words: Array, scales: Array, dtype: Any) -> Array:
     """
     in_bfloat16 = dtype == jnp.bfloat16 and tpu.facts(target_chip()).bfloat16_vectors
     arithmetic = jnp.bfloat16 if in_bfloat16 else jnp.float32
-    codes = pltpu.bitcast(words ^ jnp.int32(ZEROS), jnp.int4).astype(arithmetic)
+    # Where a nibble is code + 8, flipping its highest bit gives two's complement.
+    codes = pltpu.bitcast(words ^ jnp.int32(ZERO_WORD), jnp.int4).astype(arithmetic)
     groups = codes.reshape(scales.shape[0], -1, scales.shape[1])
     return (groups * scales.astype(arithmetic)[:, None]).reshape(codes.shape).astype(dtype)

@@ -21,6 +21,7 @@ GROUP_SIZE = 32  # released checkpoints
 LARGEST_CODE = 7
 SMALLEST_SCALE = 1e-5
 CODES_PER_WORD = 8
+ZERO_WORD = -0x77777778  # 0x88888888: eight codes of 0
 _OFFSET = 8  # a nibble holds code + 8
 _BITS = 4
 _TIE_GRID = 2.0**12

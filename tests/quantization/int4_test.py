@@ -103,6 +103,9 @@ class LayoutTest(absltest.TestCase):
         np.testing.assert_array_equal(int4.pack(codes), [[word]])
         np.testing.assert_array_equal(int4.unpack(int4.pack(codes)), codes)
 
+    def test_a_word_of_zeros_has_a_name(self):
+        np.testing.assert_array_equal(int4.pack(jnp.zeros((16, 3), jnp.int32)), int4.ZERO_WORD)
+
     def test_the_weight_knows_its_shape_and_takes_four_and_a_half_bits(self):
         weight = int4.quantize(jnp.ones((3, 64, 5)))
         self.assertEqual(weight.shape, (3, 64, 5))

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 from kimi_jax.kernels.hopper import products, program
 from kimi_jax.kernels.hopper.products import At, RowUnit, Tiles
 from kimi_jax.kernels.hopper.ring import Ring, meet, ring_barriers
-from kimi_jax.quantization.int4 import CODES_PER_WORD, GROUP_SIZE, Int4Weight
+from kimi_jax.quantization.int4 import CODES_PER_WORD, GROUP_SIZE, ZERO_WORD, Int4Weight
 
 PLANE = 64  # rows of words that are dequantised together
 BLOCK = PLANE * CODES_PER_WORD  # inputs of such a block
@@ -42,8 +42,6 @@ _COPIES = 2 * _WORDS
 STRIP = 128
 SLOTS = 4
 _BLOCK_SLOTS = 2
-# Eight nibbles of 8, which stand for zeros.
-_ZEROS = -0x77777778
 
 
 def multiply(
@@ -118,7 +116,7 @@ def whole_blocks(w: Int4Weight) -> Int4Weight:
         )
     scales = jnp.repeat(w.scales, w.group_size // GROUP_SIZE, axis=-2)
     return Int4Weight(
-        codes=products.pad(w.codes, (PLANE, STRIP), _ZEROS),
+        codes=products.pad(w.codes, (PLANE, STRIP), ZERO_WORD),
         scales=products.pad(scales, (_GROUPS, STRIP)),
     )
 

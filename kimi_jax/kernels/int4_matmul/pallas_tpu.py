@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from kimi_jax.kernels import stationary, tpu_int4
 from kimi_jax.kernels.stationary import Tiles, Weight
-from kimi_jax.quantization.int4 import Int4Weight
+from kimi_jax.quantization.int4 import ZERO_WORD, Int4Weight
 
 
 def int4_matmul(
@@ -56,7 +56,7 @@ def weight(w: Int4Weight) -> Weight:
     return Weight(
         name="int4_matmul",
         stored=(w.codes, w.scales),
-        zeros=(tpu_int4.ZEROS, 0),
+        zeros=(ZERO_WORD, 0),
         inputs=w.shape[0],
         group_size=w.group_size,
         make=tpu_int4.dequantize,
