@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
+from kimi_jax.configs.quantization import WeightFormat
 from kimi_jax.inference.sampling import sample
 from kimi_jax.model import transformer
 from tests.support import tiny
 
 ROWS, PROMPT, ADDED = 4, 3, 6
 COLD = 1e-5  # logits differ by more than this times the noise
+_GROUP = 8
+_PLAIN = tiny.experiment()
+_ROUNDED = tiny.experiment(quantization={"format": WeightFormat.INT4, "group_size": _GROUP})
 _QUICK = {"xla_backend_optimization_level": 0}  # compiling takes nearly all of the time
 
 
@@ -24,17 +28,16 @@ class SamplingTest(absltest.TestCase):
         cls.params = tiny.parameters(mesh)
         cls.prompts = jnp.asarray(np.arange(ROWS * PROMPT).reshape(ROWS, PROMPT), jnp.int32)
 
-    @functools.cache  # noqa: B019
-    def _sample(self, seed, temperature):
+    def _sample(self, seed, temperature, params=None, config=_PLAIN):
         tokens = sample(
-            self.params,
+            self.params if params is None else params,
             self.prompts,
             jax.random.key(seed),
             num_tokens=ADDED,
             temperature=temperature,
-            config=tiny.MODEL,
-            choices=tiny.experiment().compute,
-            quantization=tiny.experiment().quantization,
+            config=config.model,
+            choices=config.compute,
+            quantization=config.quantization,
         )
         return np.asarray(tokens)
 
@@ -46,9 +49,13 @@ class SamplingTest(absltest.TestCase):
 
     def test_the_key_decides(self):
         tokens = self._sample(0, 1.0)
-        self._sample.cache_clear()
         np.testing.assert_array_equal(self._sample(0, 1.0), tokens)
         self.assertTrue(np.any(self._sample(1, 1.0) != tokens))
+
+    def test_a_run_that_rounds_samples_with_rounded_weights(self):
+        on_grid = jax.jit(functools.partial(tiny.round_experts, group_size=_GROUP))(self.params)
+        rounded = self._sample(0, 1.0, config=_ROUNDED)
+        np.testing.assert_array_equal(rounded, self._sample(0, 1.0, on_grid))
 
     def test_rows_and_positions_draw_different_noise(self):
         hot = self._sample(0, 1e6)[:, PROMPT:]  # uniform over the vocabulary
