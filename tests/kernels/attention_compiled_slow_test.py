@@ -10,7 +10,7 @@ from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels import mla_attention, mla_decode
 from kimi_jax.kernels.mla_attention import cases as attention_cases
 from kimi_jax.kernels.mla_decode import cases as decode_cases
-from tests.support.compile_kernel import KEY, TPU_CHIPS, compile_kernel
+from tests.support.compile_kernel import TPU_CHIPS, compile_kernel, shapes
 
 _PALLAS = {"scale": 0.07, "implementation": Implementation.PALLAS_TPU}
 
@@ -27,8 +27,7 @@ def _both_passes(operands, segments):
 class AttentionCompiledSlowTest(parameterized.TestCase):
     @parameterized.product(chip=TPU_CHIPS, name=list(attention_cases.KIMI_K2))
     def test_attention_and_its_gradients_compile_and_hold_nothing_per_pair(self, chip, name):
-        case = attention_cases.KIMI_K2[name]
-        operands = jax.eval_shape(functools.partial(attention_cases.operands, case), KEY)
+        operands = shapes(attention_cases, attention_cases.KIMI_K2[name])
         segments = operands.pop("segments")
         compiled = compile_kernel(self, chip, _both_passes, operands, segments)
         memory = compiled.memory_analysis()
@@ -37,8 +36,7 @@ class AttentionCompiledSlowTest(parameterized.TestCase):
 
     @parameterized.product(chip=TPU_CHIPS, name=list(decode_cases.KIMI_K2))
     def test_decoding_compiles_and_does_not_copy_the_cache(self, chip, name):
-        case = decode_cases.KIMI_K2[name]
-        operands = jax.eval_shape(functools.partial(decode_cases.operands, case), KEY)
+        operands = shapes(decode_cases, decode_cases.KIMI_K2[name])
         decode = functools.partial(mla_decode.mla_decode, **_PALLAS)
         compiled = compile_kernel(self, chip, decode, **operands)
         memory = compiled.memory_analysis()

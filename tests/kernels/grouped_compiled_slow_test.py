@@ -11,7 +11,7 @@ from kimi_jax.kernels.grouped_swiglu import cases as swiglu_cases
 from kimi_jax.kernels.grouped_swiglu import grouped_swiglu
 from kimi_jax.quantization import int4
 from kimi_jax.quantization.fake_quant import FakeQuantized
-from tests.support.compile_kernel import KEY, TPU_CHIPS, compile_kernel
+from tests.support.compile_kernel import TPU_CHIPS, compile_kernel, shapes
 
 pytestmark = pytest.mark.slow
 
@@ -19,8 +19,8 @@ _K2 = list(cases.KIMI_K2)
 
 
 def _operands(case):
-    shapes = jax.eval_shape(lambda key: cases.operands(case, key), KEY)
-    return shapes["x"], shapes["w"], shapes["group_sizes"]
+    operands = shapes(cases, case)
+    return operands["x"], operands["w"], operands["group_sizes"]
 
 
 class GroupedCompiledSlowTest(parameterized.TestCase):

@@ -9,7 +9,7 @@ from kimi_jax.kernels.int4_fake_quant import cases as fake_quant_cases
 from kimi_jax.kernels.int4_fake_quant import int4_fake_quant
 from kimi_jax.kernels.int4_matmul import cases as matmul_cases
 from kimi_jax.kernels.int4_matmul import int4_matmul
-from tests.support.compile_kernel import KEY, TPU_CHIPS, compile_kernel
+from tests.support.compile_kernel import TPU_CHIPS, compile_kernel, shapes
 
 _IMPLEMENTATION = Implementation.PALLAS_TPU
 
@@ -38,8 +38,7 @@ class Int4CompiledSlowTest(parameterized.TestCase):
 
     def _check(self, chip, fn, cases, name, kernels):
         case = cases.KIMI_K2[name]
-        operands = jax.eval_shape(lambda key: cases.operands(case, key), KEY)
-        compiled = compile_kernel(self, chip, fn, **operands)
+        compiled = compile_kernel(self, chip, fn, **shapes(cases, case))
         self.assertEqual(compiled.as_text().count('custom_call_target="tpu_custom_call"'), kernels)
         self.assertGreaterEqual(compiled.cost_analysis()["flops"], kernels * cases.cost(case).flops)
 

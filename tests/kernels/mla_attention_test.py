@@ -13,7 +13,9 @@ from tests.support.attention_oracle import (
     SCALE,
     attention_inputs,
     attention_oracle,
-    visible_pairs,
+    inputs_with_larger_hidden_logits,
+    inputs_with_negative_logits,
+    run_attention,
 )
 from tests.support.gradients import (
     BFLOAT16_TOLERANCE,
@@ -24,16 +26,8 @@ from tests.support.gradients import (
 
 
 def _run(operands, segments, d_out, dtype, implementation=Implementation.XLA):
-    segments = jnp.asarray(segments, jnp.int32)
-    # The maximum's cotangent is not zero: it has to be ignored.
-    d_max = jnp.ones((d_out.shape[0], d_out.shape[2]))
-    (out, max_logit), gradients = value_and_gradients(
-        functools.partial(mla_attention, scale=SCALE, implementation=implementation),
-        tuple(jnp.asarray(a, dtype) for a in operands),
-        (jnp.asarray(d_out, dtype), d_max),
-        fixed=(segments,),
-    )
-    return out, max_logit, gradients
+    attend = functools.partial(mla_attention, scale=SCALE, implementation=implementation)
+    return run_attention(attend, operands, segments, d_out, dtype)
 
 
 class MlaAttentionTest(parameterized.TestCase):
@@ -71,13 +65,11 @@ class MlaAttentionTest(parameterized.TestCase):
     def test_a_head_whose_logits_are_all_negative_has_a_negative_maximum(
         self, name, implementation
     ):
-        operands, segments, _ = attention_inputs(cases.TOY[name])
-        q_nope, q_rope, k_nope, k_rope, value = operands
-        q_nope, k_nope, q_rope = 1.0 + np.abs(q_nope), -1.0 - np.abs(k_nope), 0.0 * q_rope
-        expected = attention_oracle(q_nope, q_rope, k_nope, k_rope, value, segments, value)[1]
+        operands, segments = inputs_with_negative_logits(cases.TOY[name])
+        d_out = operands[-1]
+        _, expected, _ = attention_oracle(*operands, segments, d_out)
         self.assertLess(expected.max(), -1.0)
-        operands = (q_nope, q_rope, k_nope, k_rope, value)
-        _, actual, _ = _run(operands, segments, value, jnp.float32, implementation)
+        _, actual, _ = _run(operands, segments, d_out, jnp.float32, implementation)
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
     @parameterized.product(
@@ -85,15 +77,10 @@ class MlaAttentionTest(parameterized.TestCase):
         implementation=[Implementation.XLA, Implementation.XLA_ACCELERATOR],
     )
     def test_larger_logits_behind_the_mask_do_not_reach_the_maximum(self, name, implementation):
-        (q_nope, q_rope, k_nope, k_rope, value), segments, d_out = attention_inputs(cases.TOY[name])
-        # Keys that only their own query sees match all others a hundredfold.
-        visible = visible_pairs(segments)[:, 0]
-        hidden_from = ~visible.any(axis=1, where=~np.eye(visible.shape[1], dtype=bool))
-        k_nope = np.where(hidden_from[:, :, None, None], 100.0 * k_nope, k_nope)
-        operands = (q_nope, q_rope, k_nope, k_rope, value)
+        operands, segments, largest = inputs_with_larger_hidden_logits(cases.TOY[name])
+        d_out = operands[-1]
         _, expected, _ = attention_oracle(*operands, segments, d_out)
-        masked = SCALE * np.einsum("btnh,bsnh->bnts", q_nope, k_nope)
-        self.assertTrue(np.all(masked.max((2, 3)) > expected + 10.0))
+        self.assertTrue(np.all(largest > expected + 10.0))
         _, actual, _ = _run(operands, segments, d_out, jnp.float32, implementation)
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 

@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec as P
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.mla_decode import cases, mla_decode, pallas_tpu
 from kimi_jax.parallel.per_shard import per_shard
+from tests.support.decode_oracle import SCALE, decode_inputs, decode_oracle
 from tests.support.gradients import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, assert_close
 
-SCALE = 0.3
 _KERNEL = functools.partial(pallas_tpu.mla_decode, scale=SCALE, tiles={"block": 16}, interpret=True)
 _PROGRAMS = {
     "pallas_tpu": _KERNEL,
@@ -22,28 +22,6 @@ _PROGRAMS = {
 }
 
 
-def _inputs(case):
-    rng = np.random.default_rng(0)
-    batch = len(case.lengths)
-    shapes = [
-        *((batch, case.heads, case.latent), (batch, case.heads, case.rope)),
-        *((batch, case.positions, case.latent), (batch, case.positions, case.rope)),
-    ]
-    return [rng.standard_normal(shape) for shape in shapes], np.array(case.lengths)
-
-
-def _oracle(q_latent, q_rope, latents, k_rope, lengths):
-    """Sequence by sequence, in float64."""
-    out = np.zeros_like(q_latent)
-    for b, length in enumerate(lengths):
-        if length > 0:
-            c = latents[b, :length]
-            logits = SCALE * (q_latent[b] @ c.T + q_rope[b] @ k_rope[b, :length].T)
-            weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-            out[b] = weights @ c / weights.sum(axis=1, keepdims=True)
-    return out
-
-
 def _arrays(operands, lengths, dtype=jnp.float32):
     return *(jnp.asarray(a, dtype) for a in operands), jnp.asarray(lengths, jnp.int32)
 
@@ -51,21 +29,21 @@ def _arrays(operands, lengths, dtype=jnp.float32):
 class MlaDecodeTest(parameterized.TestCase):
     @parameterized.product(program=list(_PROGRAMS), name=list(cases.TOY))
     def test_output_equals_float64(self, program, name):
-        operands, lengths = _inputs(cases.TOY[name])
+        operands, lengths = decode_inputs(cases.TOY[name])
         actual = jax.jit(_PROGRAMS[program])(*_arrays(operands, lengths))
-        assert_close(actual, _oracle(*operands, lengths), FLOAT32_TOLERANCE)
+        assert_close(actual, decode_oracle(*operands, lengths), FLOAT32_TOLERANCE)
 
     @parameterized.parameters(*_PROGRAMS)
     def test_bfloat16_output_is_near_float64(self, program):
-        operands, lengths = _inputs(cases.TOY["ragged"])
+        operands, lengths = decode_inputs(cases.TOY["ragged"])
         actual = jax.jit(_PROGRAMS[program])(*_arrays(operands, lengths, jnp.bfloat16))
         self.assertEqual(actual.dtype, jnp.bfloat16)
-        assert_close(actual, _oracle(*operands, lengths), BFLOAT16_TOLERANCE)
+        assert_close(actual, decode_oracle(*operands, lengths), BFLOAT16_TOLERANCE)
 
     @parameterized.parameters(*_PROGRAMS)
     def test_what_lies_behind_the_end_is_not_used(self, program):
-        operands, lengths = _inputs(cases.TOY["ragged"])
-        expected = _oracle(*operands, lengths)
+        operands, lengths = decode_inputs(cases.TOY["ragged"])
+        expected = decode_oracle(*operands, lengths)
         behind = np.arange(operands[2].shape[1]) >= lengths[:, None]
         for cached in (2, 3):
             operands[cached] = np.where(behind[..., None], np.nan, operands[cached])
@@ -73,7 +51,7 @@ class MlaDecodeTest(parameterized.TestCase):
         assert_close(actual, expected, FLOAT32_TOLERANCE)
 
     def test_it_equals_attention_that_makes_keys_and_values(self):
-        operands, lengths = _inputs(cases.TOY["whole_blocks"])
+        operands, lengths = decode_inputs(cases.TOY["whole_blocks"])
         _, q_rope, latents, k_rope = operands
         rng = np.random.default_rng(1)
         (batch, heads, _), width = q_rope.shape, 5
@@ -93,7 +71,7 @@ class MlaDecodeTest(parameterized.TestCase):
         assert_close(actual, expected, FLOAT32_TOLERANCE)
 
     def test_it_runs_in_per_shard_with_a_replicated_query(self):
-        operands, lengths = _inputs(cases.TOY["whole_blocks"])
+        operands, lengths = decode_inputs(cases.TOY["whole_blocks"])
         arrays = _arrays(operands, lengths)
         arrays = (arrays[0][:1], *arrays[1:])
 
@@ -111,7 +89,7 @@ class MlaDecodeTest(parameterized.TestCase):
         np.testing.assert_array_equal(actual, expected)
 
     def test_a_gradient_raises(self):
-        operands, lengths = _inputs(cases.TOY["one_position"])
+        operands, lengths = decode_inputs(cases.TOY["one_position"])
         *arrays, lengths = _arrays(operands, lengths)
 
         def total(q_latent):
@@ -121,7 +99,7 @@ class MlaDecodeTest(parameterized.TestCase):
             jax.grad(total)(arrays[0])
 
     def test_operands_that_do_not_fit_raise(self):
-        operands, lengths = _inputs(cases.TOY["ragged"])
+        operands, lengths = decode_inputs(cases.TOY["ragged"])
         *arrays, lengths = _arrays(operands, lengths)
         arrays[3] = arrays[3].astype(jnp.bfloat16)
         with self.assertRaisesRegex(ValueError, "operands must have one dtype"):

@@ -1,6 +1,9 @@
 """Attention and its gradients in float64, and operands for it."""
 
+import jax.numpy as jnp
 import numpy as np
+
+from tests.support.gradients import value_and_gradients
 
 SCALE = 0.3
 
@@ -47,3 +50,33 @@ def attention_inputs(case):
     ends = np.sort(rng.integers(0, case.positions, (case.batch, 1, case.documents - 1)))
     segments = np.sum(np.arange(case.positions)[:, None] >= ends, axis=2)
     return operands, segments, rng.standard_normal((*of_heads, case.value))
+
+
+def inputs_with_negative_logits(case):
+    """Operands of which every logit is below -1, and segments."""
+    (q_nope, q_rope, k_nope, k_rope, value), segments, _ = attention_inputs(case)
+    return (1.0 + np.abs(q_nope), 0.0 * q_rope, -1.0 - np.abs(k_nope), k_rope, value), segments
+
+
+def inputs_with_larger_hidden_logits(case):
+    """Operands, segments, and the largest logits [B, N] of all pairs, by 10 above visible ones."""
+    (q_nope, q_rope, k_nope, k_rope, value), segments, _ = attention_inputs(case)
+    # Keys that only their own query sees match all others a hundredfold.
+    visible = visible_pairs(segments)[:, 0]
+    hidden_from = ~visible.any(axis=1, where=~np.eye(visible.shape[1], dtype=bool))
+    k_nope = np.where(hidden_from[:, :, None, None], 100.0 * k_nope, k_nope)
+    largest = SCALE * np.einsum("btnh,bsnh->bnts", q_nope, k_nope).max((2, 3))
+    return (q_nope, q_rope, k_nope, k_rope, value), segments, largest
+
+
+def run_attention(attend, operands, segments, d_out, dtype):
+    """Returns what `attend(*operands, segments)` returns, and the gradients of the operands."""
+    # The maximum's cotangent is not zero: it has to be ignored.
+    d_max = jnp.ones((d_out.shape[0], d_out.shape[2]))
+    (out, max_logit), gradients = value_and_gradients(
+        attend,
+        tuple(jnp.asarray(a, dtype) for a in operands),
+        (jnp.asarray(d_out, dtype), d_max),
+        fixed=(jnp.asarray(segments, jnp.int32),),
+    )
+    return out, max_logit, gradients

@@ -5,7 +5,7 @@ A slow test of a kernel:
     class MyKernelCompiledSlowTest(parameterized.TestCase):
         @parameterized.product(chip=TPU_CHIPS, name=list(cases.KIMI_K2))
         def test_it_compiles(self, chip, name):
-            operands = jax.eval_shape(lambda key: cases.operands(cases.KIMI_K2[name], key), KEY)
+            operands = shapes(cases, cases.KIMI_K2[name])
             compile_kernel(self, chip, my_kernel, **operands)
 """
 
@@ -30,7 +30,10 @@ _ARRANGEMENTS = {
 TPU_CHIPS = ("v5p", "v6e", "tpu7x")
 GPU_CHIPS = ("h100",)
 
-KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+def shapes(cases: Any, case: Any) -> dict[str, Any]:
+    """Returns the shapes and formats of a case's operands, by name; `cases` is its module."""
+    return jax.eval_shape(lambda: cases.operands(case, jax.random.key(0)))
 
 
 def compile_kernel(

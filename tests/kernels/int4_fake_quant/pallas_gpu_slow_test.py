@@ -7,24 +7,21 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from kimi_jax.kernels.int4_fake_quant import cases, pallas_gpu
-from tests.support.compile_kernel import GPU_CHIPS, KEY, compile_kernel
-
-
-def _operands(name):
-    return jax.eval_shape(functools.partial(cases.operands, cases.KIMI_K2[name]), KEY)
+from tests.support.compile_kernel import GPU_CHIPS, compile_kernel, shapes
 
 
 @pytest.mark.slow
 class Int4FakeQuantPallasGpuSlowTest(parameterized.TestCase):
     @parameterized.product(chip=GPU_CHIPS, name=list(cases.KIMI_K2))
     def test_product_and_gradients_compile(self, chip, name):
-        group_size = cases.KIMI_K2[name].group_size
+        case = cases.KIMI_K2[name]
 
         def product_and_gradients(x, w):
-            y, pull_back = jax.vjp(lambda x, w: pallas_gpu.int4_fake_quant(x, w, group_size), x, w)
+            multiply = functools.partial(pallas_gpu.int4_fake_quant, group_size=case.group_size)
+            y, pull_back = jax.vjp(multiply, x, w)
             return y, pull_back(y)
 
-        compiled = compile_kernel(self, chip, product_and_gradients, **_operands(name))
+        compiled = compile_kernel(self, chip, product_and_gradients, **shapes(cases, case))
         self.assertEqual(compiled.as_text().count("mosaic_gpu_v2"), 2)
 
 

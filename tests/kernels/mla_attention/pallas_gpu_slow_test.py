@@ -1,7 +1,5 @@
 """Attention at Kimi K2's shapes compiles for Hopper GPUs that are not there."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,7 +7,7 @@ from absl.testing import absltest, parameterized
 
 from kimi_jax.configs.compute import Implementation
 from kimi_jax.kernels.mla_attention import cases, mla_attention
-from tests.support.compile_kernel import GPU_CHIPS, KEY, compile_kernel
+from tests.support.compile_kernel import GPU_CHIPS, compile_kernel, shapes
 
 _KERNELS = {"attention": 1, "gradient": 3}  # custom calls
 
@@ -32,7 +30,7 @@ _PROGRAMS = {"attention": _attend, "gradient": _gradient}
 class MlaAttentionPallasGpuSlowTest(parameterized.TestCase):
     @parameterized.product(chip=GPU_CHIPS, name=list(cases.KIMI_K2), program=list(_PROGRAMS))
     def test_attention_and_its_gradient_compile(self, chip, name, program):
-        operands = jax.eval_shape(functools.partial(cases.operands, cases.KIMI_K2[name]), KEY)
+        operands = shapes(cases, cases.KIMI_K2[name])
         compiled = compile_kernel(self, chip, _PROGRAMS[program], **operands)
         self.assertEqual(compiled.as_text().count("mosaic_gpu_v2"), _KERNELS[program])
 

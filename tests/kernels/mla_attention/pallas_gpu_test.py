@@ -1,20 +1,20 @@
 import functools
-import unittest
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kimi_jax.kernels.mla_attention import cases, pallas_gpu
-from tests.support.attention_oracle import SCALE, attention_inputs, attention_oracle
-from tests.support.gradients import (
-    BFLOAT16_TOLERANCE,
-    FLOAT32_TOLERANCE,
-    assert_close,
-    value_and_gradients,
+from tests.support.attention_oracle import (
+    SCALE,
+    attention_inputs,
+    attention_oracle,
+    inputs_with_negative_logits,
+    run_attention,
 )
+from tests.support.gradients import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, assert_close
+from tests.support.hopper import interpreted
 
 # Tiles have 128 positions, blocks 128 or 64: they lie before, on and behind the diagonal.
 _TWO_TILES = cases.Case(batch=1, positions=200, heads=2, nope=64, rope=64, value=64, documents=3)
@@ -22,45 +22,28 @@ _WIDE = cases.Case(batch=1, positions=70, heads=1, nope=128, rope=64, value=128,
 _THREE_TILES = cases.Case(batch=2, positions=258, heads=1, nope=64, rope=64, value=64, documents=2)
 
 
-def _run(operands, segments, d_out, dtype):
-    # The maximum's cotangent is not zero: it has to be ignored.
-    d_max = jnp.ones((d_out.shape[0], d_out.shape[2]))
-    (out, max_logit), gradients = value_and_gradients(
-        functools.partial(pallas_gpu.mla_attention, scale=SCALE, interpret=True),
-        tuple(jnp.asarray(a, dtype) for a in operands),
-        (jnp.asarray(d_out, dtype), d_max),
-        fixed=(jnp.asarray(segments, jnp.int32),),
-    )
-    return out, max_logit, gradients
+_INTERPRETED = functools.partial(pallas_gpu.mla_attention, scale=SCALE, interpret=True)
 
 
-@unittest.skipUnless(
-    hasattr(plgpu, "InterpretGPUParams"), "this JAX has no public interpreter of Mosaic GPU kernels"
-)
+@interpreted
 class MlaAttentionPallasGpuInterpretedTest(parameterized.TestCase):
     @parameterized.parameters(
         (_TWO_TILES, jnp.float32, FLOAT32_TOLERANCE), (_WIDE, jnp.bfloat16, BFLOAT16_TOLERANCE)
     )
     def test_output_maximum_and_gradients_equal_float64(self, case, dtype, tolerance):
         operands, segments, d_out = attention_inputs(case)
-        actual = _run(operands, segments, d_out, dtype)
+        actual = run_attention(_INTERPRETED, operands, segments, d_out, dtype)
         self.assertEqual((actual[0].dtype, actual[1].dtype), (dtype, jnp.float32))
         expected = attention_oracle(*operands, segments, d_out)
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert_close(a, b, tolerance)
 
     def test_a_head_whose_logits_are_all_negative_has_a_negative_maximum(self):
-        operands, segments, _ = attention_inputs(_THREE_TILES)
-        q_nope, q_rope, k_nope, k_rope, value = operands
-        operands = (1.0 + np.abs(q_nope), 0.0 * q_rope, -1.0 - np.abs(k_nope), k_rope, value)
-        expected = attention_oracle(*operands, segments, value)[1]
+        operands, segments = inputs_with_negative_logits(_THREE_TILES)
+        _, expected, _ = attention_oracle(*operands, segments, operands[-1])
         self.assertLess(expected.max(), -1.0)
-        _, actual = pallas_gpu.mla_attention(
-            *(jnp.asarray(a, jnp.float32) for a in operands),
-            jnp.asarray(segments, jnp.int32),
-            scale=SCALE,
-            interpret=True,
-        )
+        arrays = (jnp.asarray(a, jnp.float32) for a in operands)
+        _, actual = _INTERPRETED(*arrays, jnp.asarray(segments, jnp.int32))
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
@@ -68,9 +51,7 @@ class MlaAttentionPallasGpuTest(parameterized.TestCase):
     def test_widths_that_blocks_do_not_fit_raise(self):
         operands = jax.eval_shape(lambda: cases.operands(cases.TOY["one_block"], jax.random.key(0)))
         with self.assertRaisesRegex(NotImplementedError, "got 8, 4 and 6"):
-            jax.eval_shape(
-                functools.partial(pallas_gpu.mla_attention, scale=SCALE, interpret=True), **operands
-            )
+            jax.eval_shape(_INTERPRETED, **operands)
 
     def test_a_device_that_is_no_hopper_gpu_raises(self):
         operands = jax.eval_shape(lambda: cases.operands(_WIDE, jax.random.key(0)))
