@@ -268,13 +268,14 @@ class SafetensorsWriter:
             try:
                 view = view[os.write(self._descriptor, view) :]
             except OSError as error:
+                self._remove()  # what follows could not be in its place
                 fail(self.path, name, f"cannot be written: {error.strerror}", error)
 
     def _publish(self) -> None:
         try:
             os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
             os.replace(self._partial, self.path)
             _sync_folder(self.path.parent)
         except OSError as error:
@@ -326,10 +327,11 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
         fail(path, None, f"cannot be read: {error.strerror}", error)
     index = parse_json(path, text)
     files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not files:
+    is_map = isinstance(files, dict) and all(isinstance(file, str) for file in files.values())
+    if not is_map or not files:
         fail(path, None, "has no weight_map, which names the file of each tensor")
-    for name, file in files.items():
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+    for file, name in {file: name for name, file in files.items()}.items():
+        if pathlib.PurePath(file).name != file:
             fail(path, name, f"is listed in {file!r}, which is no name of a file in this folder")
         if not (folder / file).is_file():
             fail(folder / file, name, f"the file is missing, but {INDEX_FILE} lists it")

@@ -189,21 +189,19 @@ class ReadTest(FolderTestCase):
             with self.assertRaisesRegex(CheckpointFileError, f"{SINGLE_FILE}: tensor w .*shorter"):
                 folder.read("w")
 
-    def test_opening_as_many_tensors_as_kimi_k2_has_takes_seconds(self):
-        entries = {
-            f"model.layers.1.experts.{i}.weight": _entry(8 * i, 8 * i + 8) for i in range(2300)
-        }
+    def test_opening_a_tenth_of_the_tensors_of_kimi_k2_takes_no_time(self):
+        entries = {f"experts.{i}.weight": _entry(8 * i, 8 * i + 8) for i in range(230)}
         files = {}
         for shard in range(61):
             file = f"model-{shard:05}-of-00061.safetensors"
             header = {f"{shard}.{name}": entry for name, entry in entries.items()}
-            _write_raw(self.folder / file, header, bytes(8 * 2300))
+            _write_raw(self.folder / file, header, bytes(8 * 230))
             files |= dict.fromkeys(header, file)
         write_index(self.folder, files, total_bytes=0)
         start = time.monotonic()
         with SafetensorsFolder(self.folder) as folder:
-            self.assertLen(folder.tensors, 61 * 2300)
-        self.assertLess(time.monotonic() - start, 20)  # 1.5 s measured
+            self.assertLen(folder.tensors, 61 * 230)
+        self.assertLess(time.monotonic() - start, 10)  # 0.2 s measured, 0.8 s with type checks
 
 
 class DamagedFolderTest(FolderTestCase):
