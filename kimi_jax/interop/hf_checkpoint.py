@@ -100,8 +100,14 @@ class HfCheckpoint:
         """Returns bfloat16 scales of a tensor in INT4, [rows, groups]; None takes all groups."""
         return self._scales(name + INT4_SCALE, rows, groups)
 
-    def group_size(self, name: str) -> int:
-        """Returns how many inputs of a tensor in INT4 share a scale."""
+    @property
+    def group_size(self) -> int | None:
+        """Inputs that share a scale; None where nothing is in INT4."""
+        packed = (name for name, form in self.contents.forms.items() if form is FileFormat.INT4)
+        name = next(packed, None)
+        return None if name is None else self._group_size(name)
+
+    def _group_size(self, name: str) -> int:
         groups = self.files.tensors[self.contents.prefix + name + INT4_SCALE].shape[1]
         return self._tensors[name].shape[1] // groups
 
@@ -118,7 +124,7 @@ class HfCheckpoint:
 
     def _int4(self, tensor: HfTensor, rows: slice, columns: slice) -> np.ndarray:
         """Dequantises whole groups, and returns what was asked for."""
-        size = self.group_size(tensor.name)
+        size = self._group_size(tensor.name)
         groups = _touched(columns, size)
         words = slice(groups.start * size // CODES_PER_WORD, groups.stop * size // CODES_PER_WORD)
         codes = self.int4_codes(tensor.name, rows, words)

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -23,6 +24,10 @@ from kimi_jax.interop.tensor_source import TensorSource
 BLOCK_BYTES = 16 << 20  # of a block of rows in float32
 THREADS = 2  # that read and convert while one writes
 AHEAD = 4  # blocks that wait to be written
+# What a process needs at most: itself, with JAX; and for each value of a block that is under way its
+# float32, the same once more while it is rounded, what was read and what will be written.
+_PROGRAM_BYTES = 600 << 20
+_BYTES_A_VALUE = 4 * 4
 _IN_ORDER = ("", INT4_CODES)  # suffixes of what is written block by block
 
 Arrays = dict[str, np.ndarray]  # by what is appended to the tensor's name
@@ -100,6 +105,14 @@ def row_blocks(tensor: HfTensor) -> Iterator[slice]:
     step = max(1, BLOCK_BYTES // (row_bytes * fp8_blocks.BLOCK)) * fp8_blocks.BLOCK
     for first in range(0, num_rows, step):
         yield slice(first, min(first + step, num_rows))
+
+
+def peak_bytes(tensors: Iterable[HfTensor]) -> int:
+    """Returns an upper bound of the memory that a conversion of these tensors takes."""
+    values = max(
+        rows.stop * math.prod(t.shape[1:]) for t in tensors for rows in [next(row_blocks(t))]
+    )
+    return _PROGRAM_BYTES + (AHEAD + THREADS + 1) * values * _BYTES_A_VALUE
 
 
 def _result(

@@ -104,7 +104,7 @@ class _Reader:
 
     def packed(self, spec: ParamSpec, path: str) -> Int4Weight:
         """Returns a parameter's codes and scales."""
-        group_size = self._checkpoint.group_size(self._tensor(path).name)
+        group_size = self._checkpoint.group_size
         layout = storage_layout(spec, group_size, self._mesh.shape)
         *others, inputs, outputs = spec.shape
         codes = (*others, inputs // CODES_PER_WORD, outputs)

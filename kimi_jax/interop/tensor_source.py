@@ -1,6 +1,6 @@
 """A model as published tensors, whatever it is stored in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -27,6 +27,11 @@ class TensorSource(Protocol):
 
     config: ModelConfig
 
+    @property
+    def group_size(self) -> int | None:
+        """Inputs that share a scale; None where nothing is in INT4."""
+        ...
+
     def rows(self, name: str, rows: slice) -> np.ndarray:
         """Returns values of rows of a published tensor, [rows, in] or [rows].
 
@@ -45,26 +50,38 @@ class TensorSource(Protocol):
 
 
 class ParameterSource:
-    """Parameters in memory: masters, weights in any dtype, or a packed model."""
+    """A `TensorSource` over parameters: masters, weights in any dtype, or a packed model."""
 
-    def __init__(self, params: TransformerParams, config: ModelConfig) -> None:
+    def __init__(self, leaves: Mapping[str, Any], config: ModelConfig) -> None:
         """Wraps parameters.
 
         Args:
-          params: stored parameters, all of them on devices of this process.
-          config: their architecture.
+          leaves: by their dotted names: arrays, or whatever has their shape and dtype and yields
+            NumPy arrays when it is indexed by integers; or an `Int4Weight` of two of them.
+          config: the architecture.
         """
-        is_leaf = lambda node: isinstance(node, Int4Weight)  # noqa: E731
-        names = jax.tree.leaves(leaf_names(params, is_leaf=is_leaf))
-        self._leaves = dict(zip(names, jax.tree.leaves(params, is_leaf=is_leaf), strict=True))
+        self.config = config
+        self._leaves = leaves
         self._tensors = hf_tensors(config)
         self._fused: tuple[str, np.ndarray] | None = None  # the last one that was put together
-        self.config = config
+
+    @classmethod
+    def of(cls, params: TransformerParams, config: ModelConfig) -> "ParameterSource":
+        """Wraps parameters in memory; all of them are on devices of this process."""
+        names = jax.tree.leaves(leaf_names(params, is_leaf=_is_packed))
+        leaves = jax.tree.leaves(params, is_leaf=_is_packed)
+        return cls(dict(zip(names, leaves, strict=True)), config)
+
+    @property
+    def group_size(self) -> int | None:
+        """Inputs that share a scale; None where nothing is in INT4."""
+        sizes = (leaf.group_size for leaf in self._leaves.values() if _is_packed(leaf))
+        return next(sizes, None)
 
     def rows(self, name: str, rows: slice) -> np.ndarray:
         """Returns values of rows, in the dtype that the parameter has; bfloat16 from INT4."""
         tensor = self._tensors[name]
-        if isinstance(self._leaf(tensor.parts[0]), Int4Weight):
+        if _is_packed(self._leaf(tensor.parts[0])):
             return int4_rows.dequantize(*self.int4_rows(name, rows))
         if len(tensor.parts) == 1:
             return self._published(tensor.parts[0])[rows]
@@ -77,7 +94,7 @@ class ParameterSource:
         """Returns codes and scales of a packed model's weights."""
         part = self._tensors[name].parts[0]
         leaf = self._leaf(part)
-        if not isinstance(leaf, Int4Weight):
+        if not _is_packed(leaf):
             return None
         # Words and scales are laid out as the weight is: outputs last.
         packed = _values(leaf.codes, part.index).T[rows]
@@ -95,9 +112,13 @@ class ParameterSource:
         return np.concatenate(parts, axis=1).reshape(tensor.shape)
 
 
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, Int4Weight)
+
+
 def _values(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
     """Returns leaf[index] on the host, from the shards that hold it."""
-    if isinstance(leaf, np.ndarray):
+    if not isinstance(leaf, jax.Array):
         return leaf[index]
     if not leaf.is_fully_addressable:
         raise ConfigError(
