@@ -127,7 +127,7 @@ class ReadTest(FolderTestCase):
         (slice(3, 3), None),
         (slice(1, 6), slice(2, 2)),
     )
-    def test_a_part_is_that_part_and_no_other_byte_is_read(self, rows, columns):
+    def test_a_part_is_that_part_and_its_bytes_are_counted(self, rows, columns):
         array = _values("BF16", 6, 7, 2)
         _save(self.folder / SINGLE_FILE, {"x": ("F32", _values("F32", 9)), "w": ("BF16", array)})
         with SafetensorsFolder(self.folder) as folder:
@@ -136,6 +136,15 @@ class ReadTest(FolderTestCase):
             self.assertEqual(part.shape, expected.shape)
             self.assertEqual(part.tobytes(), expected.tobytes())
             self.assertEqual(folder.bytes_read, expected.nbytes)
+
+    @parameterized.parameters((3000, 100), (6000, 100), (4100, 3), (4097, 1), (5, 2))
+    def test_columns_of_narrow_and_of_wide_rows_are_read(self, width, part):
+        array = _values("U8", 700, width)  # wide ones are more than one block
+        _save(self.folder / SINGLE_FILE, {"w": ("U8", array)})
+        with SafetensorsFolder(self.folder) as folder:
+            for columns in (slice(0, part), slice(1, 1 + part), slice(width - part, width)):
+                read = folder.read("w", slice(2, 699), columns)
+                np.testing.assert_array_equal(read, array[2:699, columns])
 
     def test_scalars_and_empty_tensors_are_read(self):
         tensors = {
