@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from kimi_jax.configs.data import DataConfig, SourceConfig, TokenizerKind
 from kimi_jax.core.errors import DataError
 from kimi_jax.data.bpe_tokenizer import load_bpe, train_bpe
 from kimi_jax.data.cache import cache_root, cached_folder, file_facts, fingerprint
-from kimi_jax.data.documents import Document
+from kimi_jax.data.documents import Document, pages
 from kimi_jax.data.file_tokenizer import FileTokenizer
 from kimi_jax.data.held_out import HashSample, is_held_out
 from kimi_jax.data.kimi_tokenizer import kimi_files, load_kimi
@@ -20,6 +20,8 @@ from kimi_jax.data.tokenizer import ByteTokenizer, Tokenizer
 _FORMAT = 2  # of everything in the cache; a change makes all of it anew
 _MEASURED_SALT = b"measured"
 _BPE_SALT = b"bpe sample"
+_TRAINED_SALT = b"trained on"
+_PAGE_CHARACTERS = 2048  # a limit of half a megabyte takes about 256 of them, of as many files
 _BPE_SAMPLE_BYTES = 8 << 20
 _BPE_SAMPLE_CHARACTERS = 256 << 10  # of one document, so that no single one fills the sample
 
@@ -149,6 +151,8 @@ def _open_source(
         *("tokens", _FORMAT, _source_facts(source, option), tokenizer.fingerprint),
         *(config.held_out_fraction, config.held_out_max_bytes),
     ]
+    if config.train_max_bytes is not None:
+        facts += ["train_max_bytes", config.train_max_bytes, _PAGE_CHARACTERS]
 
     def fill(folder: pathlib.Path) -> None:
         measured = HashSample(config.held_out_max_bytes, _MEASURED_SALT)
@@ -161,6 +165,8 @@ def _open_source(
                     yield document
 
         documents = with_progress(training_documents(), f"tokenising {option}")
+        if config.train_max_bytes is not None:
+            documents = _sample_pages(documents, config.train_max_bytes)
         write_token_store(folder / "train", documents, tokenizer)
         if not TokenStore(folder / "train").num_documents:
             raise DataError(
@@ -178,3 +184,12 @@ def _open_source(
         held_out=TokenStore(folder / "held_out"),
         held_out_text=folder / "held_out_text",
     )
+
+
+def _sample_pages(documents: Iterable[Document], max_bytes: int) -> list[Document]:
+    """Returns pages of the documents that a hash chooses, as many as fit, at least one."""
+    sample = HashSample(max_bytes, _TRAINED_SALT)
+    for document in documents:
+        for page in pages(document, _PAGE_CHARACTERS):
+            sample.offer(page)
+    return sample.documents()
