@@ -134,7 +134,7 @@ class DataConfig:
         never sees; 0 holds out none, and there is no evaluation.
       held_out_max_bytes: how much held-out text of each source is measured, so that evaluation
         stays affordable; what is beyond it is still not trained on.
-      train_max_bytes: how much text of each source is trained on, over and over: pages of 2,048
+      train_max_bytes: how much text of each source is trained on, over and over: pages of 4 T
         characters that a hash chooses, so that little text comes of many documents and a long one
         does not fill it; at least one page. None takes all. A BPE is trained on all in any case.
       cache_dir: folder of tokenised corpora and trained tokenizers; None takes `kimi_jax` in the

@@ -21,7 +21,7 @@ _FORMAT = 2  # of everything in the cache; a change makes all of it anew
 _MEASURED_SALT = b"measured"
 _BPE_SALT = b"bpe sample"
 _TRAINED_SALT = b"trained on"
-_PAGE_CHARACTERS = 2048  # a limit of half a megabyte takes about 256 of them, of as many files
+_PAGE_CHARACTERS = 4  # for each token of a row
 _BPE_SAMPLE_BYTES = 8 << 20
 _BPE_SAMPLE_CHARACTERS = 256 << 10  # of one document, so that no single one fills the sample
 
@@ -151,8 +151,9 @@ def _open_source(
         *("tokens", _FORMAT, _source_facts(source, option), tokenizer.fingerprint),
         *(config.held_out_fraction, config.held_out_max_bytes),
     ]
+    page = _PAGE_CHARACTERS * config.sequence_length
     if config.train_max_bytes is not None:
-        facts += ["train_max_bytes", config.train_max_bytes, _PAGE_CHARACTERS]
+        facts += ["train_max_bytes", config.train_max_bytes, page]
 
     def fill(folder: pathlib.Path) -> None:
         measured = HashSample(config.held_out_max_bytes, _MEASURED_SALT)
@@ -166,7 +167,7 @@ def _open_source(
 
         documents = with_progress(training_documents(), f"tokenising {option}")
         if config.train_max_bytes is not None:
-            documents = _sample_pages(documents, config.train_max_bytes)
+            documents = _sample_pages(documents, config.train_max_bytes, page)
         write_token_store(folder / "train", documents, tokenizer)
         if not TokenStore(folder / "train").num_documents:
             raise DataError(
@@ -186,10 +187,15 @@ def _open_source(
     )
 
 
-def _sample_pages(documents: Iterable[Document], max_bytes: int) -> list[Document]:
-    """Returns pages of the documents that a hash chooses, as many as fit, at least one."""
+def _sample_pages(documents: Iterable[Document], max_bytes: int, characters: int) -> list[Document]:
+    """Returns pages of the documents that a hash chooses, as many as fit, at least one.
+
+    A row is all that a model reads of a document at once. So pages of about a row lose nothing, and
+    make little text as varied as they can: a few whole documents say the same things again and
+    again.
+    """
     sample = HashSample(max_bytes, _TRAINED_SALT)
     for document in documents:
-        for page in pages(document, _PAGE_CHARACTERS):
+        for page in pages(document, characters):
             sample.offer(page)
     return sample.documents()

@@ -26,19 +26,19 @@ from kimi_jax.configs.optimizer import Decay, OptimizerConfig, ScheduleConfig
 from kimi_jax.configs.quantization import QuantizationConfig, WeightFormat
 
 _PEAK = 2.26e-2
-_FIRST_STEPS, _LAST_STEPS = 1800, 600  # before the switch, from it on
+_FIRST_STEPS, _LAST_STEPS = 2200, 600  # before the switch, from it on
 
 MODEL = dataclasses.replace(
     optimizers.MODEL,
     vocab_size=NUM_BPE_BASE_TOKENS + 1,
-    num_layers=4,
+    num_layers=2,
     num_dense_layers=0,
     num_shared_experts=0,
-    embed_dim=32,
+    embed_dim=64,
     num_heads=2,
     q_latent_dim=32,
     kv_latent_dim=16,
-    expert_ffn_dim=32,
+    expert_ffn_dim=64,
 )
 
 
@@ -48,12 +48,16 @@ def experiment() -> ExperimentConfig:
     return dataclasses.replace(
         base,
         model=MODEL,
-        data=DataConfig(sequence_length=base.data.sequence_length, held_out_max_bytes=96 * 1024),
+        data=DataConfig(
+            sequence_length=base.data.sequence_length,
+            held_out_max_bytes=96 * 1024,
+            train_max_bytes=512 * 1024,
+        ),
         optimizer=OptimizerConfig(
             schedule=ScheduleConfig(
                 peak=_PEAK,
                 warmup_steps=40,
-                decay_steps=1500,
+                decay_steps=1900,
                 decay=Decay.LINEAR,
                 final=_PEAK / 200,
                 anneal_steps=_LAST_STEPS,
