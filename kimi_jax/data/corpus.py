@@ -21,7 +21,7 @@ _FORMAT = 2  # of everything in the cache; a change makes all of it anew
 _MEASURED_SALT = b"measured"
 _BPE_SALT = b"bpe sample"
 _TRAINED_SALT = b"trained on"
-_PAGE_CHARACTERS = 4  # for each token of a row
+_CHARACTERS_PER_TOKEN = 4  # of a trained vocabulary, in English
 _BPE_SAMPLE_BYTES = 8 << 20
 _BPE_SAMPLE_CHARACTERS = 256 << 10  # of one document, so that no single one fills the sample
 
@@ -151,9 +151,8 @@ def _open_source(
         *("tokens", _FORMAT, _source_facts(source, option), tokenizer.fingerprint),
         *(config.held_out_fraction, config.held_out_max_bytes),
     ]
-    page = _PAGE_CHARACTERS * config.sequence_length
     if config.train_max_bytes is not None:
-        facts += ["train_max_bytes", config.train_max_bytes, page]
+        facts += ["train_max_bytes", config.train_max_bytes, _page_characters(config)]
 
     def fill(folder: pathlib.Path) -> None:
         measured = HashSample(config.held_out_max_bytes, _MEASURED_SALT)
@@ -165,9 +164,7 @@ def _open_source(
                 else:
                     yield document
 
-        documents = with_progress(training_documents(), f"tokenising {option}")
-        if config.train_max_bytes is not None:
-            documents = _sample_pages(documents, config.train_max_bytes, page)
+        documents = _limit(with_progress(training_documents(), f"tokenising {option}"), config)
         write_token_store(folder / "train", documents, tokenizer)
         if not TokenStore(folder / "train").num_documents:
             raise DataError(
@@ -187,15 +184,20 @@ def _open_source(
     )
 
 
-def _sample_pages(documents: Iterable[Document], max_bytes: int, characters: int) -> list[Document]:
-    """Returns pages of the documents that a hash chooses, as many as fit, at least one.
+def _limit(documents: Iterable[Document], config: DataConfig) -> Iterable[Document]:
+    """Returns the documents, or pages of them that a hash chooses, as many as may be trained on.
 
     A row is all that a model reads of a document at once. So pages of about a row lose nothing, and
-    make little text as varied as they can: a few whole documents say the same things again and
-    again.
+    make little text as varied as it can be: a few whole documents repeat themselves.
     """
-    sample = HashSample(max_bytes, _TRAINED_SALT)
+    if config.train_max_bytes is None:
+        return documents
+    sample = HashSample(config.train_max_bytes, _TRAINED_SALT)
     for document in documents:
-        for page in pages(document, characters):
+        for page in pages(document, _page_characters(config)):
             sample.offer(page)
     return sample.documents()
+
+
+def _page_characters(config: DataConfig) -> int:
+    return _CHARACTERS_PER_TOKEN * config.sequence_length
