@@ -88,12 +88,12 @@ def _exact_scale(block: np.ndarray, largest: np.float32) -> np.float32 | None:
     return None
 
 
-def _codes(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _codes(blocks: np.ndarray, scales: np.ndarray | np.float32) -> np.ndarray:
     quotients = blocks / np.asarray(scales)[..., None, None]
     return np.clip(quotients, -_LARGEST, _LARGEST).astype(CODE)
 
 
-def _value(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _value(codes: np.ndarray, scales: np.ndarray | np.float32) -> np.ndarray:
     return _VALUES[codes.view(np.uint8)] * np.asarray(scales)[..., None, None]
 
 
