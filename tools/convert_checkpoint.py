@@ -17,13 +17,13 @@ import pathlib
 
 import jax
 from absl import flags
-from byte_progress import byte_progress
 from checkpoint_source import Input, is_carried, open_input, read_model_config
 from rich.console import Console
 from rich.table import Table
 
 from experiments import program
 from kimi_jax.configs.hugging_face_export import FileFormat, with_quantization
+from kimi_jax.core.byte_progress import byte_progress
 from kimi_jax.core.errors import require
 from kimi_jax.interop import verification
 from kimi_jax.interop.hf_checkpoint import HfCheckpoint
