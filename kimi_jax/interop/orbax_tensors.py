@@ -13,7 +13,7 @@ import tensorstore
 from kimi_jax.core.errors import CheckpointFileError
 from kimi_jax.interop.safetensors_header import DTYPES, TensorInfo
 
-METADATA_FILE = "_METADATA"
+_METADATA_FILE = "_METADATA"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -35,8 +35,8 @@ class OrbaxTensors:
           CheckpointFileError: there is no complete checkpoint in this folder.
         """
         self.path = pathlib.Path(path).absolute()
-        if not (self.path / METADATA_FILE).is_file():
-            raise CheckpointFileError(f"{self.path}: is no orbax checkpoint: no {METADATA_FILE}")
+        if not (self.path / _METADATA_FILE).is_file():
+            raise CheckpointFileError(f"{self.path}: is no orbax checkpoint: no {_METADATA_FILE}")
         try:
             tree = ocp.PyTreeCheckpointHandler().metadata(self.path).tree
         except (ValueError, KeyError, OSError) as error:
