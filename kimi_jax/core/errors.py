@@ -20,6 +20,10 @@ class CheckpointMismatchError(KimiError):
     """A work directory or checkpoint was made by another configuration."""
 
 
+class CheckpointFileError(KimiError):
+    """A file of a checkpoint is missing, damaged, or holds other tensors than it should."""
+
+
 class TrainingFailedError(KimiError):
     """Training cannot go on: the loss or the gradient is no longer finite."""
 
