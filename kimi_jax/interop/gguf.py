@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core.errors import CheckpointFileError, ConfigError, require
@@ -31,6 +32,7 @@ _BLOCK_VALUES = 1 << 23
 _ROW_MULTIPLE = 128  # rows that share scales in FP8 checkpoints
 _Q4_BLOCK = 32
 _YARN_UNIT = 0.1  # llama.cpp keeps YaRN's mscale_all_dim times this
+_BETAS_ASSUMED = (32.0, 1.0)
 
 
 class GgufType(enum.Enum):
@@ -198,6 +200,13 @@ def _describe_rotation(writer: Any, config: ModelConfig) -> None:
     writer.add_rope_scaling_yarn_beta_fast(yarn.beta_fast)
     writer.add_rope_scaling_yarn_beta_slow(yarn.beta_slow)
     writer.add_rope_scaling_yarn_log_mul(_YARN_UNIT * yarn.mscale_all_dim)
+    if (yarn.beta_fast, yarn.beta_slow) != _BETAS_ASSUMED:
+        logging.warning(
+            "llama.cpp does not read YaRN's betas from the file of a deepseek2 model: run it with "
+            "--yarn-beta-fast %g --yarn-beta-slow %g, or its logits are those of 32 and 1",
+            yarn.beta_fast,
+            yarn.beta_slow,
+        )
 
 
 def _describe_feed_forward(writer: Any, config: ModelConfig) -> None:
