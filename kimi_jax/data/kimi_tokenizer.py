@@ -42,11 +42,16 @@ def load_kimi(path: str) -> BpeTokenizer:
     Raises:
       DataError: a file is missing or malformed.
     """
+    model, config = kimi_files(path)
+    ranks = read_ranks(model)
+    return BpeTokenizer(ranks, PATTERN, read_specials(config, len(ranks)), _ROLES)
+
+
+def kimi_files(path: str) -> list[pathlib.Path]:
+    """Returns the two files of the tokenizer; `path` is that of `load_kimi`."""
     file = pathlib.Path(path).expanduser()
     file = file / "tiktoken.model" if file.is_dir() else file
-    ranks = read_ranks(file)
-    specials = read_specials(file.with_name("tokenizer_config.json"), len(ranks))
-    return BpeTokenizer(ranks, PATTERN, specials, _ROLES)
+    return [file, file.with_name("tokenizer_config.json")]
 
 
 def _read(file: pathlib.Path) -> bytes:

@@ -83,7 +83,7 @@ def write_gguf(
     tokenizer: GgufTokenizer | None,
     *,
     weight_type: GgufType,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Writes a model into a new file.
 
@@ -95,7 +95,7 @@ def write_gguf(
       tokenizer: from `gguf_tokenizer.read_gguf_tokenizer`; None for a model of ids alone, such as
         one trained on bytes.
       weight_type: format of the weights.
-      progress: called with the number of bytes written since its last call.
+      progress: called with the number of bytes of tensors written so far.
 
     Raises:
       ConfigError: llama.cpp does not read such a model or tokenizer, the model does not have the
@@ -115,8 +115,13 @@ def write_gguf(
     try:
         _write_header(writer, planned, partial)
         with partial.open("ab") as file:
+            num_bytes = 0
             for entry in planned:
-                _write_tensor(file, entry, source, progress or (lambda _: None))
+                for block in _encoded(source, entry):
+                    _append(file, block, entry.tensor.name)
+                    num_bytes += block.nbytes
+                    progress(num_bytes)
+                _pad(file)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
@@ -251,22 +256,20 @@ def _pad(file: BinaryIO) -> None:
     file.write(bytes(-file.tell() % _package().GGUF_DEFAULT_ALIGNMENT))
 
 
-def _write_tensor(
-    file: BinaryIO, entry: PlannedTensor, source: TensorSource, progress: Callable[[int], None]
-) -> None:
-    tensor, start = entry.tensor, file.tell()
-    for piece in tensor.pieces:
-        for rows in _row_blocks(tensor, piece):
-            block = _read_block(source, entry, piece, rows)
-            try:
-                file.write(block.reshape(-1).view(np.uint8).data)
-            except OSError as error:
-                raise CheckpointFileError(
-                    f"cannot write tensor {tensor.name} to {file.name}: {error.strerror}"
-                ) from error
-            progress(block.nbytes)
-    assert file.tell() - start == entry.num_bytes, (tensor.name, file.tell() - start)
-    _pad(file)
+def _append(file: BinaryIO, block: np.ndarray, name: str) -> None:
+    try:
+        file.write(block.reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise CheckpointFileError(
+            f"cannot write tensor {name} to {file.name}: {error.strerror}"
+        ) from error
+
+
+def _encoded(source: TensorSource, entry: PlannedTensor) -> Iterator[np.ndarray]:
+    """Yields a tensor as the file holds it, in blocks."""
+    for piece in entry.tensor.pieces:
+        for rows in _row_blocks(entry.tensor, piece):
+            yield _read_block(source, entry, piece, rows)
 
 
 def _row_blocks(tensor: GgufTensor, piece: Piece) -> Iterator[slice]:

@@ -13,7 +13,7 @@ from kimi_jax.core.trees import leaf_names
 from kimi_jax.training.state import TrainState
 
 CHECKPOINT_FOLDER = "checkpoints"
-_STATE = "state"
+STATE_FOLDER = "state"  # in the folder of a step
 _DATA = "data"
 _MOST_DIFFERENCES = 10  # named in an error
 
@@ -34,7 +34,10 @@ class Checkpointer:
         """
         folder = pathlib.Path(workdir).absolute() / CHECKPOINT_FOLDER
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        handlers = {_STATE: ocp.StandardCheckpointHandler(), _DATA: ocp.JsonCheckpointHandler()}
+        handlers = {
+            STATE_FOLDER: ocp.StandardCheckpointHandler(),
+            _DATA: ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpointer":
@@ -74,7 +77,7 @@ class Checkpointer:
           CheckpointMismatchError: the checkpoint holds other leaves or shapes.
         """
         step = self.latest_step
-        saved = _shapes(self._manager.item_metadata(step)[_STATE].tree)
+        saved = _shapes(self._manager.item_metadata(step)[STATE_FOLDER].tree)
         wrong = convert.differences(saved, _shapes(like))
         if wrong:
             raise CheckpointMismatchError(
@@ -87,7 +90,7 @@ class Checkpointer:
                 state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
             ),
         )
-        return restored[_STATE], restored[_DATA]
+        return restored[STATE_FOLDER], restored[_DATA]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -28,7 +28,7 @@ from kimi_jax.parallel.placement import abstract_parameters, cast
 from kimi_jax.quantization import qat
 from kimi_jax.training.workdir import CONFIG_FILE, read_config
 
-_WEIGHTS = "weights"
+WEIGHTS_FOLDER = "weights"
 
 
 def pack(
@@ -66,7 +66,7 @@ def save_packed(
     require(not folder.exists(), f"{folder} exists; name a folder that does not")
     packed = jax.jit(functools.partial(pack, config=config))(params)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / _WEIGHTS, packed)
+        checkpointer.save(folder / WEIGHTS_FOLDER, packed)
     if is_first():
         text = json.dumps(convert.to_json_dict(config), indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n")
@@ -87,7 +87,7 @@ def load_packed(
     config = read_config(folder)
     like = abstract_packed(config, mesh)
     with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(folder / _WEIGHTS, like)
+        params = checkpointer.restore(folder / WEIGHTS_FOLDER, like)
     return dataclasses.replace(config, quantization=QuantizationConfig()), params
 
 

@@ -82,6 +82,11 @@ class RandomSource:
                 self.packed[name], self.tensors[name] = packed, values
         self.most_values = self._alive = 0
 
+    @property
+    def group_size(self) -> int | None:
+        """See `TensorSource`."""
+        return _GROUP if self.packed else None
+
     def rows(self, name: str, rows: slice) -> np.ndarray:
         """See `TensorSource`."""
         return self._lend(self.tensors[name][rows])
