@@ -50,6 +50,10 @@ class GgufType(enum.Enum):
     Q4_0 = "q4_0"
 
 
+_LARGEST_HALF = 65504.0
+_LARGEST = {GgufType.F16: _LARGEST_HALF, GgufType.Q8_0: 127 * _LARGEST_HALF}
+
+
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
     """A tensor of the file, its format and its size."""
@@ -121,6 +125,7 @@ def write_gguf(
                     _append(file, block, entry.tensor.name)
                     num_bytes += block.nbytes
                     progress(num_bytes)
+                    del block  # before the next one is read
                 _pad(file)
             file.flush()
             os.fsync(file.fileno())
@@ -313,15 +318,14 @@ def _convert(values: np.ndarray, stored: GgufType, name: str) -> np.ndarray:
     values = values.astype(np.float32, copy=False)
     if stored is GgufType.F32:
         return values
-    with np.errstate(over="ignore"):
-        half = values.astype(np.float16) if stored is GgufType.F16 else values
-    if not np.isfinite(half).all():
+    largest = max(values.max(), -values.min())  # NaN where there is one
+    if not largest <= _LARGEST[stored]:
         raise CheckpointFileError(
-            f"{name} has a value that {stored.value} cannot hold (the largest is "
-            f"{np.abs(values).max():g}); choose bf16 or f32, if it is a number at all"
+            f"{name} has a value of size {largest:g}, and {stored.value} holds sizes up to "
+            f"{_LARGEST[stored]:g}; choose bf16 or f32, if it is a number at all"
         )
     if stored is GgufType.F16:
-        return half
+        return values.astype(np.float16)
     return _package().quants.quantize(values, _package().GGMLQuantizationType.Q8_0)
 
 
@@ -357,7 +361,7 @@ def int4_blocks(packed: PackedRows | None, name: str, shape: tuple[int, int]) ->
         )
     with np.errstate(over="ignore"):
         half = scales.astype(np.float16)
-    inexact = half.astype(np.float32) != scales.astype(np.float32)
+    inexact = (half.astype(np.float32) != scales.astype(np.float32)) | ~np.isfinite(half)
     if inexact.any():
         raise CheckpointFileError(
             f"{name} has the scale {float(scales[inexact][0]):g}, which float16 does not have: "

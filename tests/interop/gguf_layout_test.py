@@ -22,10 +22,9 @@ def gguf_name(name, config):
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, config.num_layers)
     for expert in range(config.num_routed_experts):
         name = name.replace(f"experts.{expert}.", "experts.")
-    stem = name.removesuffix(".weight")
-    if stem.endswith("e_score_correction_bias"):
-        return table.get_name(stem) + ".bias"
-    return table.get_name(stem) + ".weight"
+    if name.endswith("_bias"):
+        return table.get_name(name.removesuffix("_bias")) + ".bias"
+    return table.get_name(name.removesuffix(".weight")) + ".weight"
 
 
 class GgufLayoutTest(parameterized.TestCase):

@@ -114,7 +114,7 @@ class GgufTest(parameterized.TestCase):
                 # Half a step, and what rounding the step to float16 moves the largest code by.
                 step = np.abs(groups).max(axis=1, keepdims=True) / 127
                 off = np.abs(got.reshape(-1, 32) - groups)
-                np.testing.assert_array_less(off, step * (0.5 + 127 * 2.0**-11) + 1e-7, name)
+                self.assertTrue((off <= step * (0.5 + 127 * 2.0**-11) + 1e-7).all(), name)
 
     def test_q4_0_holds_codes_and_scales_of_the_experts_bit_for_bit(self):
         source = published.RandomSource(CONFIG, int4=True)
@@ -254,9 +254,7 @@ class StreamingTest(parameterized.TestCase):
     def test_progress_counts_the_planned_bytes(self):
         counts = []
         source = published.RandomSource(CONFIG)
-        write_gguf(
-            self.file, source, None, weight_type=GgufType.Q8_0, progress=counts.append
-        )
+        write_gguf(self.file, source, None, weight_type=GgufType.Q8_0, progress=counts.append)
         planned = plan_gguf(CONFIG, GgufType.Q8_0)
         self.assertEqual(counts, sorted(set(counts)))
         self.assertEqual(counts[-1], sum(entry.num_bytes for entry in planned))
@@ -268,7 +266,9 @@ class StreamingTest(parameterized.TestCase):
 
     def test_int4_release_of_kimi_k2_has_the_size_of_the_published_one(self):
         planned = plan_gguf(presets.kimi_k2_thinking(), GgufType.Q4_0)
-        self.assertAlmostEqual(sum(entry.num_bytes for entry in planned) / 1e9, 594.2, delta=0.1)
+        # Its routers, in bfloat16, take 0.33 GB less.
+        total = sum(entry.num_bytes for entry in planned) / 1e9
+        self.assertAlmostEqual(total - 0.33, 594.2, delta=0.05)
 
     def test_file_has_its_name_only_when_it_is_complete(self):
         source, seen = published.RandomSource(CONFIG), set()
@@ -367,9 +367,9 @@ class BadInputTest(parameterized.TestCase):
             self.write(weight_type)
 
     def test_missing_package_names_the_extra(self):
-        with mock.patch.dict(sys.modules, {"gguf": None}):
-            with self.assertRaisesRegex(ConfigError, r"kimi_jax\[gguf\]"):
-                self.write(GgufType.F32)
+        hidden = mock.patch.dict(sys.modules, {"gguf": None})
+        with hidden, self.assertRaisesRegex(ConfigError, r"kimi_jax\[gguf\]"):
+            self.write(GgufType.F32)
 
 
 if __name__ == "__main__":

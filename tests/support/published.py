@@ -120,9 +120,7 @@ def _draw(generator: np.random.Generator, name: str, shape: tuple[int, ...]) -> 
     return (values / np.sqrt(shape[-1])).astype(BFLOAT16)
 
 
-def _int4(
-    generator: np.random.Generator, shape: tuple[int, int]
-) -> tuple[PackedRows, np.ndarray]:
+def _int4(generator: np.random.Generator, shape: tuple[int, int]) -> tuple[PackedRows, np.ndarray]:
     """Codes and scales as compressed-tensors holds them, and what they stand for in float32."""
     rows, inputs = shape
     codes = generator.integers(-7, 8, shape)
@@ -136,9 +134,7 @@ def _int4(
     return PackedRows(words.view(np.int32), scales), values.astype(np.float32)
 
 
-def transformer_params(
-    tensors: Mapping[str, np.ndarray], config: ModelConfig
-) -> TransformerParams:
+def transformer_params(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> TransformerParams:
     """The same numbers as the model's parameters."""
     fused = {name: value for name, value in tensors.items() if ".experts." not in name}
     for layer in range(config.num_dense_layers, config.num_layers):
