@@ -6,7 +6,7 @@ from kimi_jax.interop import hf_formats
 from kimi_jax.interop.hf_formats import Ignored
 from kimi_jax.interop.hf_names import hf_tensors
 from kimi_jax.interop.safetensors_header import TensorInfo
-from tests.support import families
+from tests.support import families, published
 
 _DTYPES = {
     "bfloat16": "BF16",
@@ -85,7 +85,7 @@ class ContentsTest(parameterized.TestCase):
             ignored = {reason: sorted(names) for reason, names in found.ignored.items()}
             self.assertEqual(ignored, expected.get(name, {}), name)
             self.assertEqual(found.prefix, family.prefix)
-            self.assertEqual(found.forms.keys(), families.shapes(family.config).keys())
+            self.assertEqual(found.forms.keys(), published.shapes(family.config).keys())
             expert = _EXPERT.replace("layers.1", f"layers.{family.config.num_layers - 1}")
             self.assertIs(found.forms[expert], family.form)
             self.assertIs(found.forms["model.norm.weight"], FileFormat.BF16)

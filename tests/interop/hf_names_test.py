@@ -20,7 +20,7 @@ from kimi_jax.interop.hf_export import plan_export
 from kimi_jax.interop.hf_formats import Ignored, contents
 from kimi_jax.interop.safetensors_header import TensorInfo
 from kimi_jax.model import transformer
-from tests.support import families
+from tests.support import families, published
 
 _RELEASED = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "kimi_k2"
 _NEEDS_RELEASED = unittest.skipUnless(
@@ -70,7 +70,7 @@ class HfNamesTest(parameterized.TestCase):
     def test_names_and_shapes_are_those_of_the_modeling_code(self, name):
         config = _PRESETS[name]
         found = {tensor.name: tensor.shape for tensor in hf_names.hf_tensors(config).values()}
-        self.assertEqual(found, families.shapes(config))
+        self.assertEqual(found, published.shapes(config))
 
     @parameterized.parameters(*_PRESETS)
     def test_parts_tile_every_row_of_every_tensor_once(self, name):

@@ -1,7 +1,7 @@
 """Small random checkpoints in the forms in which the family's models are published.
 
-Names, shapes and formats stand here as the released files have them, written down by hand and apart
-from kimi_jax.interop; files are written by the safetensors library, and values computed by loops.
+Formats stand here as the released files have them, written down by hand and apart from
+kimi_jax.interop; files are written by the safetensors library, and values computed by loops.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import safetensors
 from kimi_jax.configs.hugging_face_export import FileFormat, to_hugging_face, with_quantization
 from kimi_jax.configs.model import ModelConfig, YarnConfig
 from kimi_jax.model.transformer import TransformerParams
-from tests.support import hf_layout
+from tests.support import published
 
 Tensors = dict[str, np.ndarray]
 
@@ -72,66 +72,6 @@ FAMILIES = {
 }
 
 
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's weights before quantisation, layer by layer."""
-    width = config.embed_dim
-    found = {
-        "model.embed_tokens.weight": (config.vocab_size, width),
-        "model.norm.weight": (width,),
-        "lm_head.weight": (config.vocab_size, width),
-    }
-    for layer in range(config.num_layers):
-        members = _attention(config) | {
-            "input_layernorm.weight": (width,),
-            "post_attention_layernorm.weight": (width,),
-        }
-        if layer < config.num_dense_layers:
-            members |= _feed_forward("mlp", config.dense_ffn_dim, width)
-        else:
-            members |= _mixture(config)
-        found |= {f"model.layers.{layer}.{name}": shape for name, shape in members.items()}
-    return found
-
-
-def _attention(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    heads, nope, rope = config.num_heads, config.head_nope_dim, config.head_rope_dim
-    width, q_latent, kv_latent = config.embed_dim, config.q_latent_dim, config.kv_latent_dim
-    query = {"q_proj.weight": (heads * (nope + rope), width)}
-    if q_latent is not None:
-        query = {
-            "q_a_proj.weight": (q_latent, width),
-            "q_a_layernorm.weight": (q_latent,),
-            "q_b_proj.weight": (heads * (nope + rope), q_latent),
-        }
-    members = query | {
-        "kv_a_proj_with_mqa.weight": (kv_latent + rope, width),
-        "kv_a_layernorm.weight": (kv_latent,),
-        "kv_b_proj.weight": (heads * (nope + config.head_value_dim), kv_latent),
-        "o_proj.weight": (width, heads * config.head_value_dim),
-    }
-    return {f"self_attn.{name}": shape for name, shape in members.items()}
-
-
-def _feed_forward(name: str, inner: int, width: int) -> dict[str, tuple[int, ...]]:
-    return {
-        f"{name}.gate_proj.weight": (inner, width),
-        f"{name}.up_proj.weight": (inner, width),
-        f"{name}.down_proj.weight": (width, inner),
-    }
-
-
-def _mixture(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    width, inner = config.embed_dim, config.expert_ffn_dim
-    members = {
-        "mlp.gate.weight": (config.num_routed_experts, width),
-        "mlp.gate.e_score_correction_bias": (config.num_routed_experts,),
-    }
-    for expert in range(config.num_routed_experts):
-        members |= _feed_forward(f"mlp.experts.{expert}", inner, width)
-    shared = config.num_shared_experts * inner
-    return members | _feed_forward("mlp.shared_experts", shared, width)
-
-
 def random_tensors(family: Family, *, any_codes: bool = True, seed: int = 0) -> Tensors:
     """Draws what the files of a model hold.
 
@@ -143,7 +83,7 @@ def random_tensors(family: Family, *, any_codes: bool = True, seed: int = 0) -> 
     """
     random = np.random.default_rng(seed)
     tensors = {}
-    for name, shape in shapes(family.config).items():
+    for name, shape in published.shapes(family.config).items():
         tensors |= _stored(name, shape, family.form, random, any_codes=any_codes)
     config, layers = family.config, family.config.num_layers
     if family.rotary_buffers:
@@ -319,15 +259,6 @@ def int4_values(words: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def parameters(tensors: Mapping[str, np.ndarray], family: Family) -> TransformerParams:
     """Returns the tree of parameters that a family's tensors are, on the host, in float32."""
-    config = family.config
     bare = {name.removeprefix(family.prefix): array for name, array in tensors.items()}
-    weights = {name: values(bare, name) for name in shapes(config)}
-    for layer in range(config.num_dense_layers, config.num_layers):
-        experts = f"model.layers.{layer}.mlp.experts."
-        gate, up, down = (
-            [weights.pop(f"{experts}{e}.{m}_proj.weight") for e in range(config.num_routed_experts)]
-            for m in ("gate", "up", "down")
-        )
-        weights[experts + "gate_up_proj"] = np.concatenate([gate, up], axis=1)
-        weights[experts + "down_proj"] = np.stack(down)
-    return hf_layout.transformer_params(weights, config)
+    weights = {name: values(bare, name) for name in published.shapes(family.config)}
+    return published.transformer_params(weights, family.config)

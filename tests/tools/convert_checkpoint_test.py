@@ -1,6 +1,8 @@
 """The program as a user runs it, and its parts in this process."""
 
 import contextlib
+import functools
+import importlib
 import json
 import os
 import pathlib
@@ -11,6 +13,7 @@ import unittest
 
 import jax
 import numpy as np
+from absl import flags
 from absl.testing import absltest, flagsaver, parameterized
 
 from kimi_jax.configs import convert
@@ -25,10 +28,16 @@ from kimi_jax.training.step import make_optimizer
 from tests.support import families, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(_ROOT / "tools"))  # where the program finds its parts
-from tools import convert_checkpoint  # noqa: E402
-
 _RELEASED = _ROOT.parent / "shared" / "data" / "kimi_k2"
+
+
+@functools.cache
+def _program():
+    """The program as a module; a script finds its parts beside it."""
+    sys.path.insert(0, str(_ROOT / "tools"))
+    program = importlib.import_module("tools.convert_checkpoint")
+    flags.FLAGS.mark_as_parsed()
+    return program
 
 
 def _run(*arguments):
@@ -48,11 +57,12 @@ class ConvertCheckpointTest(parameterized.TestCase):
         self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.output = self.folder / "output"
 
-    def _convert(self, given, form, **flags):
+    def _convert(self, given, form, **options):
         """Runs the program's main in this process."""
-        flags = {"input": str(given), "output": str(self.output), "format": form} | flags
-        with flagsaver.flagsaver(**flags):
-            convert_checkpoint.main()
+        program = _program()
+        options = {"input": str(given), "output": str(self.output), "format": form} | options
+        with flagsaver.flagsaver(**options):
+            program.main()
 
     @unittest.skipUnless(_RELEASED.is_dir(), "needs the published config.json")
     def test_the_plan_of_int4_kimi_k2_says_594_gigabytes(self):
@@ -74,11 +84,11 @@ class ConvertCheckpointTest(parameterized.TestCase):
         ("no_tokenizer", {"tokenizer": "absent"}, ConfigError, "--tokenizer=absent is no folder"),
         ("an_empty_folder", {"input": "."}, ConfigError, "cannot read config.json"),
     )
-    def test_main_refuses(self, flags, error, message):
+    def test_main_refuses(self, options, error, message):
         families.write_family(self.folder / "model", "moonlight")
         self.enterContext(contextlib.chdir(self.folder))
         with self.assertRaisesRegex(error, message):
-            self._convert(self.folder / "model", "bf16", **flags)
+            self._convert(self.folder / "model", "bf16", **options)
         self.assertFalse(self.output.exists())
 
     def test_a_published_folder_becomes_another_with_its_tokenizer_and_is_verified(self):
