@@ -134,8 +134,6 @@ class SafetensorsFolder:
         path = self.path / file
         for slot in read_header(path, self._descriptors[file]):
             name = slot.info.name
-            if name in self._slots:
-                fail(path, name, f"is also in {self._slots[name].file}; remove one of them")
             if index and index.get(name) != file:
                 where = f"says that it is in {index[name]}" if name in index else "does not list it"
                 fail(path, name, f"is in this file, but {INDEX_FILE} {where}")
