@@ -194,8 +194,8 @@ class SafetensorsFolder:
 class SafetensorsWriter:
     """Writes one safetensors file, tensor after tensor; a context manager.
 
-    The file appears under its name when it is complete and on the disk, and never otherwise. Put
-    wider dtypes first where sizes are not multiples of 8 bytes: some readers want aligned data.
+    The file appears under its name when it is complete and on the disk, and never otherwise. Until
+    then its name ends in `.partial`.
     """
 
     def __init__(
