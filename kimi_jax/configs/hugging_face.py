@@ -14,7 +14,7 @@ _MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 _WITH_VISION = "kimi_k25"  # its language model is described in text_config
 
 # Theirs -> ours; each must be given.
-_SIZES = {
+SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "embed_dim",
     "num_hidden_layers": "num_layers",
@@ -39,7 +39,7 @@ _SIZES = {
 }
 
 # The only values that this model can compute; where a field is absent, the family means them.
-_FIXED = {
+FIXED = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "hidden_act": "silu",
@@ -170,8 +170,8 @@ def _get(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _sizes(fields: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = {ours: _get(fields, theirs) for theirs, ours in _SIZES.items()}
-    for theirs, ours in _SIZES.items():
+    sizes = {ours: _get(fields, theirs) for theirs, ours in SIZES.items()}
+    for theirs, ours in SIZES.items():
         # Only the query latent has a meaning when it is null: queries are projected directly.
         require(
             sizes[ours] is not None or theirs == "q_lora_rank",
@@ -181,7 +181,7 @@ def _sizes(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_fixed(fields: Mapping[str, Any]) -> None:
-    for name, only in _FIXED.items():
+    for name, only in FIXED.items():
         value = fields.get(name, only)
         require(value == only, f"{name} must be {only!r} in this model, got {value!r}")
 
@@ -197,7 +197,7 @@ def _check_key_value_heads(fields: Mapping[str, Any]) -> None:
 
 
 def _check_known(fields: Mapping[str, Any]) -> None:
-    known = {*_SIZES, *_FIXED, *_ROPE_FIELDS, *_MTP_FIELDS, *_WITHOUT_EFFECT}
+    known = {*SIZES, *FIXED, *_ROPE_FIELDS, *_MTP_FIELDS, *_WITHOUT_EFFECT}
     unknown = sorted(name for name in fields.keys() - known if fields[name] is not None)
     require(
         not unknown,

@@ -11,7 +11,7 @@ from kimi_jax.data.cache import cache_root, cached_folder, file_facts, fingerpri
 from kimi_jax.data.documents import Document
 from kimi_jax.data.file_tokenizer import FileTokenizer
 from kimi_jax.data.held_out import HashSample, is_held_out
-from kimi_jax.data.kimi_tokenizer import load_kimi
+from kimi_jax.data.kimi_tokenizer import kimi_files, load_kimi
 from kimi_jax.data.reading_progress import with_progress
 from kimi_jax.data.sources import read_documents, source_files
 from kimi_jax.data.token_store import TokenStore, write_token_store
@@ -95,7 +95,28 @@ def open_tokenizer(config: DataConfig) -> Tokenizer:
             return _open_bpe(config)
 
 
+def tokenizer_files(config: DataConfig) -> list[pathlib.Path]:
+    """Returns the files that other programs need to read what `open_tokenizer` writes.
+
+    None for bytes. A BPE is trained first, if the cache lacks it.
+    """
+    match config.tokenizer.kind:
+        case TokenizerKind.BYTES:
+            return []
+        case TokenizerKind.FILE:
+            return [pathlib.Path(config.tokenizer.path).expanduser()]
+        case TokenizerKind.KIMI:
+            return kimi_files(config.tokenizer.path)
+        case TokenizerKind.BPE:
+            return [_bpe_file(config)]
+
+
 def _open_bpe(config: DataConfig) -> Tokenizer:
+    return load_bpe(_bpe_file(config))
+
+
+def _bpe_file(config: DataConfig) -> pathlib.Path:
+    """Returns the file of a BPE, trained first if the cache lacks it."""
     sources = {f"data.sources.{name}": source for name, source in config.sources.items()}
     facts = [
         *("bpe", _FORMAT, config.tokenizer.vocab_size, config.held_out_fraction),
@@ -114,7 +135,7 @@ def _open_bpe(config: DataConfig) -> Tokenizer:
         train_bpe(texts, config.tokenizer.vocab_size, folder / "tokenizer.json")
 
     folder = cache_root(config.cache_dir) / "tokenizers" / fingerprint(facts)
-    return load_bpe(cached_folder(folder, train) / "tokenizer.json")
+    return cached_folder(folder, train) / "tokenizer.json"
 
 
 def _source_facts(source: SourceConfig, option: str) -> list:

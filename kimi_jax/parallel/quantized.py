@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,13 +46,18 @@ def quantize(stored: Any, plan: Any, dtype: Any, config: QuantizationConfig) -> 
             return None
         if config.quantize is Quantize.USE:
             return marker
-        layout = rules.partition_spec(
-            _of_groups(spec, config.group_size), rules.STORAGE, _axis_sizes()
-        )
+        layout = storage_layout(spec, config.group_size, _axis_sizes())
         weight = rules.reshard(leaf.astype(dtype), layout)
         return _quantize(spec, weight, layout, marker)
 
     return map_specs(convert, plan, stored, qat.choose(plan, config))
+
+
+def storage_layout(
+    spec: ParamSpec, group_size: int, axis_sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """Lays out codes and scales of a quantised parameter: each device has whole groups."""
+    return rules.partition_spec(_of_groups(spec, group_size), rules.STORAGE, axis_sizes)
 
 
 def gather_quantized(spec: ParamSpec, leaf: Any, layout: PartitionSpec, dtype: Any) -> Weight:

@@ -1,0 +1,111 @@
+"""Opens whatever a checkpoint can be converted from."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.configs.hugging_face import model_config_from_hugging_face
+from kimi_jax.configs.hugging_face_export import to_hugging_face
+from kimi_jax.configs.model import ModelConfig
+from kimi_jax.core.errors import CheckpointFileError
+from kimi_jax.data.corpus import open_tokenizer, tokenizer_files
+from kimi_jax.interop.hf_checkpoint import CONFIG_FILE, HfCheckpoint
+from kimi_jax.interop.stored_parameters import stored_parameters
+from kimi_jax.interop.tensor_source import TensorSource
+from kimi_jax.model.router import routed_scaling_factor
+from kimi_jax.training import workdir
+from kimi_jax.training.checkpoint import CHECKPOINT_FOLDER, STATE_FOLDER
+from kimi_jax.training.packed import WEIGHTS_FOLDER
+
+# What is not carried from one published folder to another: it is written anew, or holds weights.
+_NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Input:
+    """A model that is about to be converted.
+
+    Attributes:
+      what: says what it is, for people.
+      identity: differs where the model differs.
+      source: its tensors.
+      fields: of a config.json.
+      carried: files of the tokenizer and the like.
+    """
+
+    what: str
+    identity: str
+    source: TensorSource
+    fields: dict[str, Any]
+    carried: list[pathlib.Path]
+
+
+@contextlib.contextmanager
+def open_input(path: str) -> Iterator[Input]:
+    """Opens a published folder, the folder of a run, or a packed model.
+
+    Raises:
+      CheckpointFileError: it is none of these, or not complete.
+    """
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        raise CheckpointFileError(f"{folder} is no folder")
+    if (folder / CHECKPOINT_FOLDER).is_dir() or (folder / WEIGHTS_FOLDER).is_dir():
+        yield _run(folder)
+        return
+    with HfCheckpoint(folder) as source:
+        kept = [f for f in sorted(folder.iterdir()) if is_carried(f)]
+        fields = json.loads((folder / CONFIG_FILE).read_text())
+        what = f"published checkpoint, {len(source.files.tensors):,} tensors"
+        facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir())]
+        identity = json.dumps([str(folder.resolve()), facts])
+        yield Input(what=what, identity=identity, source=source, fields=fields, carried=kept)
+
+
+def read_model_config(path: str) -> ModelConfig:
+    """Returns the architecture of an input, which needs no weights."""
+    folder = pathlib.Path(path)
+    if (folder / CHECKPOINT_FOLDER).is_dir() or (folder / WEIGHTS_FOLDER).is_dir():
+        return workdir.read_config(folder).model
+    return model_config_from_hugging_face(folder / CONFIG_FILE)
+
+
+def is_carried(file: pathlib.Path) -> bool:
+    """Whether a file goes along as it is: the tokenizer's, a licence, a chat template."""
+    return file.is_file() and file.name != CONFIG_FILE and not file.name.endswith(_NOT_CARRIED)
+
+
+def _run(folder: pathlib.Path) -> Input:
+    config = workdir.read_config(folder)
+    if (folder / WEIGHTS_FOLDER).is_dir():
+        what, weights, prefix = "packed model", folder / WEIGHTS_FOLDER, ""
+    else:
+        step = _newest_step(folder)
+        what, prefix = f"run, step {step}", "params."
+        weights = folder / CHECKPOINT_FOLDER / str(step) / STATE_FOLDER
+    return Input(
+        what=what,
+        identity=json.dumps([str(weights.resolve()), weights.stat().st_mtime_ns]),
+        source=stored_parameters(weights, config.model, prefix=prefix),
+        fields=_fields(config),
+        carried=tokenizer_files(config.data),
+    )
+
+
+def _newest_step(folder: pathlib.Path) -> int:
+    # An unfinished one has a longer name.
+    steps = [int(p.name) for p in (folder / CHECKPOINT_FOLDER).iterdir() if p.name.isdecimal()]
+    if not steps:
+        raise CheckpointFileError(f"{folder}: this run has no checkpoint yet")
+    return max(steps)
+
+
+def _fields(config: ExperimentConfig) -> dict[str, Any]:
+    tokenizer = open_tokenizer(config.data)
+    model = config.model
+    model = dataclasses.replace(model, routed_scaling_factor=routed_scaling_factor(model))
+    return to_hugging_face(model, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
