@@ -37,11 +37,8 @@ from experiments import program
 from kimi_jax.core.errors import CheckpointFileError, ConfigError, require
 from kimi_jax.interop import inspection
 from kimi_jax.interop.inspection import Difference, Group, Norms, Tensors
-from kimi_jax.interop.orbax_tensors import METADATA_FILE, OrbaxTensors
 from kimi_jax.interop.safetensors_header import TensorInfo
 from kimi_jax.interop.safetensors_io import SafetensorsFolder
-from kimi_jax.training.checkpoint import CHECKPOINT_FOLDER, STATE_FOLDER
-from kimi_jax.training.packed import WEIGHTS_FOLDER
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder to show", required=True)
 _DIFF = flags.DEFINE_string("diff", None, "folder to compare it with")
@@ -85,16 +82,29 @@ def open_checkpoint(folder: str) -> Tensors:
       CheckpointFileError: it is of no kind, not complete, or damaged.
     """
     path = pathlib.Path(folder)
-    checkpoints = path / CHECKPOINT_FOLDER
-    if checkpoints.is_dir():
-        # An unfinished one has a longer name.
-        steps = [int(step.name) for step in checkpoints.iterdir() if step.name.isdecimal()]
-        if not steps:
-            raise CheckpointFileError(f"{path}: this run has no checkpoint yet")
-        return OrbaxTensors(checkpoints / str(max(steps)) / STATE_FOLDER)
+    is_safetensors = not path.is_dir() or any(path.glob("*.safetensors*"))
+    return SafetensorsFolder(path) if is_safetensors else _open_orbax(path)
+
+
+def _open_orbax(path: pathlib.Path) -> Tensors:
+    """Opens what training has written; imports orbax, which takes seconds, only here."""
+    from kimi_jax.interop.orbax_tensors import OrbaxTensors
+    from kimi_jax.training.checkpoint import CHECKPOINT_FOLDER, STATE_FOLDER
+    from kimi_jax.training.packed import WEIGHTS_FOLDER
+
     if (path / WEIGHTS_FOLDER).is_dir():
         return OrbaxTensors(path / WEIGHTS_FOLDER)
-    return OrbaxTensors(path) if (path / METADATA_FILE).exists() else SafetensorsFolder(path)
+    # A checkpoint that is being written has a longer name.
+    steps = [
+        int(step.parent.name)
+        for step in path.glob(f"{CHECKPOINT_FOLDER}/*/{STATE_FOLDER}")
+        if step.parent.name.isdecimal()
+    ]
+    if not steps:
+        raise CheckpointFileError(
+            f"{path}: holds no *.safetensors file, no checkpoint of a run and no packed model"
+        )
+    return OrbaxTensors(path / CHECKPOINT_FOLDER / str(max(steps)) / STATE_FOLDER)
 
 
 def _filtered(source: Tensors) -> dict[str, TensorInfo]:
@@ -182,18 +192,18 @@ def _distances(
         if not found:
             continue
         differ = f"{len(found):,} of {len(group.names):,}"
-        table.add_row(escape(group.pattern), differ, *_distance_cells(found))
+        table.add_row(escape(group.pattern), differ, *_distance_cells(found, group.names))
     return table
 
 
-def _distance_cells(found: dict[str, Difference]) -> list[str]:
+def _distance_cells(found: dict[str, Difference], names: Collection[str]) -> list[str]:
     """How many values differ in a group, and by how much at most, with names."""
     far = max(found, key=lambda name: found[name].absolute)
     relatively_far = max(found, key=lambda name: found[name].relative)
     return [
         f"{sum(value.num_values for value in found.values()):,}",
-        _at(f"{found[far].absolute:.4g}", far, found),
-        _at(f"{found[relatively_far].relative:.4g}", relatively_far, found),
+        _at(f"{found[far].absolute:.4g}", far, names),
+        _at(f"{found[relatively_far].relative:.4g}", relatively_far, names),
     ]
 
 

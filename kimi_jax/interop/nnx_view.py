@@ -8,7 +8,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -140,14 +139,15 @@ class NnxView(ParamsView):
             segments is None or positions is not None,
             "segments are given without positions; give the index of each token in its document",
         )
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        if segments is None:
-            segments = jnp.ones_like(tokens)
-        options = {"config": self.config, "choices": self.choices}
-        ready = transformer.prepare(self.params(), quantization=self.quantization, **options)
-        hidden, stats = transformer.forward(ready, tokens, positions, segments, **options)
-        return transformer.logits(ready, hidden, **options), stats
+        return transformer.run(
+            self.params(),
+            tokens,
+            positions,
+            segments,
+            config=self.config,
+            choices=self.choices,
+            quantization=self.quantization,
+        )
 
 
 def _variables(spec: ParamSpec, weight: Any) -> Any:

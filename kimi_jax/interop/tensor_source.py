@@ -1,7 +1,7 @@
 """A model as published tensors, whatever it is stored in."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ class PackedRows(NamedTuple):
     scales: np.ndarray  # bfloat16 [rows, in / group size]
 
 
+@runtime_checkable  # for the checks of types in tests
 class TensorSource(Protocol):
     """Where a conversion reads from, rows at a time, so that no tensor needs to be held whole."""
 

@@ -12,7 +12,6 @@ import os
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
@@ -114,13 +113,10 @@ def random_logits(
     """
     rows = sequence_shards(jax.sharding.get_abstract_mesh())
     tokens = jax.random.randint(jax.random.key(seed), (rows, length), 0, config.model.vocab_size)
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    options = {"config": config.model, "choices": config.compute}
-
-    @jax.jit
-    def run(params, tokens, positions):
-        ready = transformer.prepare(params, quantization=config.quantization, **options)
-        hidden, _ = transformer.forward(ready, tokens, positions, jnp.ones_like(tokens), **options)
-        return transformer.logits(ready, hidden, **options)
-
-    return run(params, tokens, positions)
+    run = functools.partial(
+        transformer.run,
+        config=config.model,
+        choices=config.compute,
+        quantization=config.quantization,
+    )
+    return jax.jit(run)(params, tokens)[0]
