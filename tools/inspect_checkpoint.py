@@ -98,22 +98,17 @@ def _open(folder: str, stack: contextlib.ExitStack) -> Tensors:
 def _open_orbax(path: pathlib.Path) -> Tensors:
     """Opens what training has written; imports orbax, which takes seconds, only here."""
     from kimi_jax.interop.orbax_tensors import OrbaxTensors
-    from kimi_jax.training.checkpoint import CHECKPOINT_FOLDER, STATE_FOLDER
+    from kimi_jax.training.checkpoint import newest_state
     from kimi_jax.training.packed import WEIGHTS_FOLDER
 
     if (path / WEIGHTS_FOLDER).is_dir():
         return OrbaxTensors(path / WEIGHTS_FOLDER)
-    # A checkpoint that is being written has a longer name.
-    steps = [
-        int(step.parent.name)
-        for step in path.glob(f"{CHECKPOINT_FOLDER}/*/{STATE_FOLDER}")
-        if step.parent.name.isdecimal()
-    ]
-    if not steps:
+    state = newest_state(path)
+    if state is None:
         raise CheckpointFileError(
             f"{path}: holds no *.safetensors file, no checkpoint of a run and no packed model"
         )
-    return OrbaxTensors(path / CHECKPOINT_FOLDER / str(max(steps)) / STATE_FOLDER)
+    return OrbaxTensors(state)
 
 
 def _filtered(source: Tensors) -> dict[str, TensorInfo]:

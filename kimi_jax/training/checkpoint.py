@@ -95,6 +95,14 @@ class Checkpointer:
         return restored[STATE_FOLDER], restored[_DATA]
 
 
+def newest_state(workdir: str | os.PathLike) -> pathlib.Path | None:
+    """Returns the folder of the newest complete state of a run, its parent named by the step."""
+    found = pathlib.Path(workdir).glob(f"{CHECKPOINT_FOLDER}/*/{STATE_FOLDER}")
+    # A checkpoint that is being written has a longer name.
+    complete = [state for state in found if state.parent.name.isdecimal()]
+    return max(complete, key=lambda state: int(state.parent.name), default=None)
+
+
 def chunks(tree: Any) -> Any:
     """Has layers and experts stored apart, so that one can be read without the others."""
 
