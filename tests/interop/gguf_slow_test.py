@@ -16,7 +16,8 @@ from kimi_jax.configs.compute import ComputeConfig, ComputeDtype
 from kimi_jax.configs.model import YarnConfig
 from kimi_jax.data.bpe_tokenizer import load_bpe, train_bpe
 from kimi_jax.data.kimi_tokenizer import load_kimi
-from kimi_jax.interop.gguf import GgufType, write_gguf
+from kimi_jax.interop.gguf import write_gguf
+from kimi_jax.interop.gguf_encode import GgufType
 from kimi_jax.interop.gguf_tokenizer import read_gguf_tokenizer
 from kimi_jax.model import transformer
 from kimi_jax.parallel.placement import abstract_parameters
@@ -39,8 +40,8 @@ MODELS = {
     ),
     "expert_groups": dataclasses.replace(K2, num_expert_groups=4, expert_groups_per_token=2),
     "no_query_latent": dataclasses.replace(K2, q_latent_dim=None),
-    # llama.cpp reads 27 layers in a way of their own. Every token goes to every expert: among so many
-    # routers one meets a tie, which rounding breaks in one way here and in another there.
+    # llama.cpp reads 27 layers in a way of their own. Every token goes to every expert: among so
+    # many routers one meets a tie, which rounding breaks in one way here and in another there.
     "layers_of_moonlight": dataclasses.replace(
         K2, q_latent_dim=None, num_layers=27, num_routed_experts=4
     ),

@@ -13,23 +13,12 @@ from kimi_jax.core.errors import ConfigError, DataError
 from kimi_jax.data.bpe_tokenizer import byte_of_letter, train_bpe
 from kimi_jax.data.file_tokenizer import FileTokenizer
 from kimi_jax.data.kimi_tokenizer import load_kimi
-from kimi_jax.interop.gguf import GgufType, write_gguf
+from kimi_jax.interop.gguf import write_gguf
+from kimi_jax.interop.gguf_encode import GgufType
 from kimi_jax.interop.gguf_tokenizer import halves, read_gguf_tokenizer
 from tests.support import published
 
 WORDS = ("def", "return", "naïve", "x", "12345", "aaaa", "\n    ", "don't", "漢字", "banana")
-    "def",
-    "return",
-    "self",
-    "naïve",
-    "x",
-    "12345",
-    "aaaa",
-    "\n    ",
-    "don't",
-    "漢字",
-    "banana",
-]
 TEXT = " ".join(WORDS) * 3
 NUM_ORDINARY = 290
 CONTROL, USER_DEFINED, NORMAL, UNUSED = 3, 4, 1, 5
