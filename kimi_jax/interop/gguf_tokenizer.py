@@ -33,6 +33,7 @@ _DEEPSEEK_V3 = (
     "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*"
     "|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
+VOCABULARY_FILES = ("tiktoken.model", "tokenizer.json")  # the first that is there is read
 _NAMES = {_GPT_2: "gpt-2", _LLAMA_3: "llama-bpe", _DEEPSEEK_V3: "deepseek-v3"}
 _NO_NORMALIZER = {"type": "Sequence", "normalizers": []}
 _IGNORES_MERGES = frozenset({"llama-bpe"})  # for words that are tokens as they stand
@@ -83,7 +84,7 @@ def read_gguf_tokenizer(path: str | pathlib.Path) -> GgufTokenizer:
     """
     file = pathlib.Path(path).expanduser()
     if file.is_dir():
-        found = [file / name for name in ("tiktoken.model", "tokenizer.json")]
+        found = [file / name for name in VOCABULARY_FILES]
         file = next((candidate for candidate in found if candidate.is_file()), None)
         if file is None:
             raise DataError(

@@ -24,8 +24,8 @@ from kimi_jax.interop.tensor_source import TensorSource
 BLOCK_BYTES = 16 << 20  # of a block of rows in float32
 THREADS = 2  # that read and convert while one writes
 AHEAD = 4  # blocks that wait to be written
-# What a process needs at most: itself, with JAX; and for each value of a block that is under way its
-# float32, the same once more while it is rounded, what was read and what will be written.
+# What a process needs at most: itself, with JAX; and for each value of a block that is under way
+# its float32, the same once more while it is rounded, what was read and what will be written.
 _PROGRAM_BYTES = 600 << 20
 _BYTES_A_VALUE = 4 * 4
 _IN_ORDER = ("", INT4_CODES)  # suffixes of what is written block by block

@@ -286,11 +286,16 @@ def from_published(part: Part, rows: np.ndarray, index: tuple[slice, ...]) -> np
 
 
 def to_published(part: Part, values: np.ndarray) -> np.ndarray:
-    """Turns a whole parameter into [heads, width, in], or [size]: the rows that it has there."""
+    """Turns a parameter into [heads, rows, in], or [rows]: the rows that it has in its tensor.
+
+    Args:
+      part: of the parameter.
+      values: all of it; where it has no heads, it may be some of its outputs.
+    """
     rows = values.transpose((*part.out_dims, *part.in_dims))
     if not part.in_dims:
         return rows
-    return rows.reshape(part.heads, part.width, -1)
+    return rows.reshape(part.heads, rows.shape[len(part.out_dims) - 1], -1)
 
 
 def parts_by_path(config: ModelConfig) -> dict[str, dict[tuple[int, ...], tuple[HfTensor, Part]]]:

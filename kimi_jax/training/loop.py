@@ -35,6 +35,7 @@ def train(
     *,
     mesh: jax.sharding.Mesh,
     evaluate: Evaluation | None,
+    read_weights: Callable[[], transformer.TransformerParams] | None = None,
     resume: bool = True,
 ) -> TrainState:
     """Trains until `training.num_steps`, from the newest checkpoint in `workdir`, if any.
@@ -45,6 +46,7 @@ def train(
       corpus: the opened `config.data`.
       mesh: the devices; current (`jax.set_mesh`) while this runs.
       evaluate: measures parameters on held-out text; None where none is held out.
+      read_weights: returns what step 0 starts from; None draws it.
       resume: False refuses a folder that holds a run.
 
     Returns:
@@ -67,7 +69,7 @@ def train(
         train_step = compile_phases(config, plan, mesh, first_step=first_step)
         layout = jax.NamedSharding(mesh, TOKENS)
         feed = enter(closing(open_feed(corpus, config.data, every.batch_sequences, layout)))
-        state = _resume_or_start(config, plan, mesh, checkpoints, feed)
+        state = _resume_or_start(config, plan, mesh, checkpoints, feed, read_weights)
         log = enter(MetricLog(workdir, from_step=first_step, lines_every=every.log_every))
         progress = enter(Progress(num_steps))
         stop, throughput = enter(faults.StopRequest(mesh)), Throughput(config)
@@ -95,11 +97,12 @@ def _resume_or_start(
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpointer,
     feed: DeviceFeed,
+    read_weights: Callable[[], transformer.TransformerParams] | None,
 ) -> TrainState:
     """Restores the newest checkpoint and the data cursor, or creates the state of step 0."""
     transformation = make_optimizer(config, plan)
     if checkpoints.latest_step is None:
-        return initial_state(config, plan, transformation)
+        return initial_state(config, plan, transformation, read_weights and read_weights())
     like = abstract_state(config, plan, transformation, mesh)
     state, cursor = checkpoints.restore(like)
     feed.set_state(cursor)
