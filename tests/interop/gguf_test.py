@@ -11,12 +11,16 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from kimi_jax.configs import presets
+from kimi_jax.configs.hugging_face_export import FileFormat, to_hugging_face, with_quantization
 from kimi_jax.configs.model import YarnConfig
 from kimi_jax.core.errors import CheckpointFileError, ConfigError
 from kimi_jax.interop import gguf_encode
 from kimi_jax.interop.ahead import AHEAD, THREADS
 from kimi_jax.interop.gguf import plan_gguf, write_gguf
 from kimi_jax.interop.gguf_encode import GgufType, int4_blocks
+from kimi_jax.interop.hf_checkpoint import HfCheckpoint
+from kimi_jax.interop.hf_encode import Encoder
+from kimi_jax.interop.hf_export import export_hugging_face
 from kimi_jax.interop.tensor_source import PackedRows
 from tests.interop.gguf_layout_test import gguf_name
 from tests.support import published
@@ -252,6 +256,22 @@ class StreamingTest(parameterized.TestCase):
         of_a_layer = CONFIG.num_routed_experts * CONFIG.expert_ffn_dim * CONFIG.embed_dim
         self.assertLess(source.most_values, of_a_layer / 3)
         self.assertEqual(whole.read_bytes(), parts.read_bytes())
+
+    @parameterized.parameters((FileFormat.INT4, GgufType.Q4_0), (FileFormat.BF16, GgufType.Q8_0))
+    def test_published_folder_gives_the_same_file(self, form, weight_type):
+        source = published.RandomSource(CONFIG, int4=form is FileFormat.INT4)
+        encoder = Encoder(source, form, 32)
+        fields = to_hugging_face(CONFIG, bos_token_id=0, eos_token_id=1)
+        fields = with_quantization(fields, form, 32)
+        folder = self.folder / "published"
+        export_hugging_face(folder, encoder, fields=fields, identity="", carried=[])
+        direct, through = self.folder / "a" / "model.gguf", self.folder / "b" / "model.gguf"
+        for file in (direct, through):
+            file.parent.mkdir()
+        write_gguf(direct, source, None, weight_type=weight_type)
+        with HfCheckpoint(folder) as checkpoint:
+            write_gguf(through, checkpoint, None, weight_type=weight_type)
+        self.assertEqual(direct.read_bytes(), through.read_bytes())
 
     def test_progress_counts_the_planned_bytes(self):
         counts = []
