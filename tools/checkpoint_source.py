@@ -9,7 +9,7 @@ from typing import Any
 
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.configs.hugging_face import model_config_from_hugging_face
-from kimi_jax.configs.hugging_face_export import to_hugging_face
+from kimi_jax.configs.hugging_face_export import TEXT_SECTION, to_hugging_face
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core.errors import CheckpointFileError
 from kimi_jax.data.corpus import open_tokenizer, tokenizer_files
@@ -63,6 +63,7 @@ def open_input(path: str) -> Iterator[Input]:
     with HfCheckpoint(folder) as source:
         kept = [f for f in sorted(folder.iterdir()) if is_carried(f)]
         fields = json.loads((folder / CONFIG_FILE).read_text())
+        fields = fields.get(TEXT_SECTION, fields)  # nothing else is read, nor written
         what = f"published checkpoint, {len(source.files.tensors):,} tensors"
         facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir())]
         identity = json.dumps([str(folder.resolve()), facts])

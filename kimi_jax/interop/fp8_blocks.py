@@ -124,12 +124,12 @@ def _candidates(blocks: np.ndarray, largest: np.ndarray) -> list[np.ndarray]:
     return [column[chosen] for column, chosen in zip(scales.T, fits.all((-2, -1)).T, strict=True)]
 
 
-def _codes(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _codes(blocks: np.ndarray, scales: np.ndarray | np.float32) -> np.ndarray:
     quotients = blocks / np.asarray(scales)[..., None, None]
     return np.clip(quotients, -_LARGEST, _LARGEST).astype(CODE)
 
 
-def _value(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _value(codes: np.ndarray, scales: np.ndarray | np.float32) -> np.ndarray:
     return _VALUES[codes.view(np.uint8)] * np.asarray(scales)[..., None, None]
 
 

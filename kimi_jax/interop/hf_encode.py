@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from kimi_jax.configs.hugging_face_export import FileFormat
+from kimi_jax.core.errors import CheckpointFileError
 from kimi_jax.interop import fp8_blocks, int4_rows
 from kimi_jax.interop.hf_formats import (
     FP8_SCALE,
@@ -84,18 +85,27 @@ class Encoder(NamedTuple):
         name = tensor.name
         match stored_as(tensor, self.form):
             case FileFormat.FP8:
-                codes, scales = fp8_blocks.quantize(self.source.rows(name, rows))
+                codes, scales = fp8_blocks.quantize(self._finite_rows(name, rows))
                 return {"": codes, FP8_SCALE: scales}
             case FileFormat.INT4:
                 packed = self.source.int4_rows(name, rows)
                 if packed is None:
-                    packed = int4_rows.quantize(self.source.rows(name, rows), self.group_size)
+                    packed = int4_rows.quantize(self._finite_rows(name, rows), self.group_size)
                 arrays = dict(zip((INT4_CODES, INT4_SCALE), packed, strict=True))
                 is_last = rows.stop == tensor.shape[0]
                 return arrays | ({INT4_SHAPE: np.array(tensor.shape)} if is_last else {})
             case _:
                 dtype = np.float32 if tensor.is_selection_bias else ml_dtypes.bfloat16
                 return {"": self.source.rows(name, rows).astype(dtype)}
+
+    def _finite_rows(self, name: str, rows: slice) -> np.ndarray:
+        values = self.source.rows(name, rows)
+        if not np.all(np.isfinite(values)):
+            raise CheckpointFileError(
+                f"{name} of the source holds a value that is not finite, which {self.form.value} "
+                "cannot store"
+            )
+        return values
 
 
 def row_blocks(tensor: HfTensor) -> Iterator[slice]:

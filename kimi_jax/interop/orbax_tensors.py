@@ -49,13 +49,13 @@ class OrbaxTensors:
             {leaf.name: self._info(leaf) for leaf in jax.tree.leaves(tree)}
         )
 
-    def read(self, name: str, rows: slice | tuple[int | slice, ...] | None = None) -> np.ndarray:
+    def read(self, name: str, rows: slice | tuple[int, ...] | None = None) -> np.ndarray:
         """Reads a part of an array.
 
         Args:
           name: of the array.
-          rows: which of its first dimension; or numbers and slices, one for each of its leading
-            dimensions; None for all.
+          rows: which of its first dimension; or the index of a part, one number for each of its
+            leading dimensions; None for all.
 
         Raises:
           CheckpointFileError: a file is missing or damaged.

@@ -18,7 +18,7 @@ _PACKED = ("codes", "scales")  # fields of Int4Weight
 
 
 class StoredArray:
-    """An array on disk; indexing it reads that part."""
+    """An array on disk; indexing it with integers reads that part."""
 
     def __init__(self, tensors: OrbaxTensors, name: str) -> None:
         """Names the array of a checkpoint."""
@@ -26,7 +26,7 @@ class StoredArray:
         info = tensors.tensors[name]
         self.shape, self.dtype = info.shape, DTYPES[info.dtype]
 
-    def __getitem__(self, index: tuple[int | slice, ...]) -> np.ndarray:
+    def __getitem__(self, index: tuple[int, ...]) -> np.ndarray:
         return self._tensors.read(self._name, index)
 
 

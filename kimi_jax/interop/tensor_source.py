@@ -1,5 +1,6 @@
 """A model as published tensors, whatever it is stored in."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -64,7 +65,8 @@ class ParameterSource:
         self.config = config
         self._leaves = leaves
         self._tensors = hf_tensors(config)
-        self._fused: tuple[str, np.ndarray] | None = None  # the last one that was put together
+        self._lock = threading.Lock()
+        self._latest: tuple[str, np.ndarray] | None = None  # a tensor that was put together
 
     @classmethod
     def of(cls, params: TransformerParams, config: ModelConfig) -> "ParameterSource":
@@ -80,75 +82,60 @@ class ParameterSource:
         return next(sizes, None)
 
     def rows(self, name: str, rows: slice) -> np.ndarray:
-        """Returns values of rows, in the dtype that the parameter has; bfloat16 from INT4."""
-        tensor = self._tensors[name]
-        if _is_packed(self._leaf(tensor.parts[0])):
-            return int4_rows.dequantize(*self.int4_rows(name, rows))
-        if len(tensor.parts) == 1:
-            return self._published(tensor.parts[0], rows)
-        fused = self._fused  # read once: several threads ask
-        if fused is None or fused[0] != name:
-            fused = self._fused = name, self._put_together(tensor)
-        return fused[1][rows]
+        """Returns values of rows, in the dtype that the parameter has; bfloat16 from INT4.
+
+        The whole tensor is put together once, and kept until another one is asked for.
+        """
+        with self._lock:  # several threads ask for rows of the same tensor
+            latest = self._latest
+            if latest is None or latest[0] != name:
+                self._latest = None  # so that two are never held
+                latest = self._latest = name, self._put_together(self._tensors[name])
+        return latest[1][rows]
 
     def int4_rows(self, name: str, rows: slice) -> PackedRows | None:
         """Returns codes and scales of a packed model's weights."""
-        part = self._tensors[name].parts[0]
-        leaf = self._leaf(part)
-        if not _is_packed(leaf):
+        part, *others = self._tensors[name].parts
+        leaf = self._leaves[part.path]
+        if others or not _is_packed(leaf):
             return None
         # Words and scales are laid out as the weight is: outputs last.
-        index = (*part.index, slice(None), rows)
-        return PackedRows(_values(leaf.codes, index).T, _values(leaf.scales, index).T)
-
-    def _leaf(self, part: Part) -> Any:
-        return self._leaves[part.path]
-
-    def _published(self, part: Part, rows: slice) -> np.ndarray:
-        """Reads rows of a tensor that is this parameter, and nothing else."""
-        (out,) = part.out_dims
-        index = tuple(rows if d == out else slice(None) for d in range(len(part.spec.shape)))
-        values = to_published(part, _values(self._leaf(part), (*part.index, *index)))
-        return values[0] if part.in_dims else values
+        packed = _values(leaf.codes, part.index).T[rows]
+        return PackedRows(packed, _values(leaf.scales, part.index).T[rows])
 
     def _put_together(self, tensor: HfTensor) -> np.ndarray:
-        parts = [to_published(p, _values(self._leaf(p), p.index)) for p in tensor.parts]
-        return np.concatenate(parts, axis=1).reshape(tensor.shape)
+        parts = [to_published(part, self._values(part)) for part in tensor.parts]
+        joined = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        return joined.reshape(tensor.shape)
+
+    def _values(self, part: Part) -> np.ndarray:
+        leaf = self._leaves[part.path]
+        if not _is_packed(leaf):
+            return _values(leaf, part.index)
+        codes, scales = (_values(array, part.index).T for array in (leaf.codes, leaf.scales))
+        return int4_rows.dequantize(codes, scales).T
 
 
 def _is_packed(node: Any) -> bool:
     return isinstance(node, Int4Weight)
 
 
-def _values(leaf: Any, index: tuple[int | slice, ...]) -> np.ndarray:
-    """Returns leaf[index] on the host; of an array on devices, from the shards that hold it."""
+def _values(leaf: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Returns leaf[index] on the host, from the shards that hold it."""
     if not isinstance(leaf, jax.Array):
         return leaf[index]
     if not leaf.is_fully_addressable:
         raise ConfigError(
             "parameters are spread over several processes; export from one that holds all of them"
         )
-    index = (*index, *(slice(None),) * (leaf.ndim - len(index)))
-    wanted = [_range(i, n) for i, n in zip(index, leaf.shape, strict=True)]
-    values = np.empty([len(w) for w in wanted], leaf.dtype)
+    values = np.empty(leaf.shape[len(index) :], leaf.dtype)
     for shard in _distinct_shards(leaf):
-        held = [_range(i, n) for i, n in zip(shard.index, leaf.shape, strict=True)]
-        pairs = zip(wanted, held, strict=True)
-        common = [range(max(w.start, h.start), min(w.stop, h.stop)) for w, h in pairs]
-        values[_within(common, wanted)] = np.asarray(shard.data)[_within(common, held)]
-    return values[tuple(0 if isinstance(i, int) else slice(None) for i in index)]
-
-
-def _range(index: int | slice, size: int) -> range:
-    return range(index, index + 1) if isinstance(index, int) else range(*index.indices(size))
-
-
-def _within(parts: list[range], wholes: list[range]) -> tuple[slice, ...]:
-    """Where parts of some ranges lie in them; nowhere where they are empty."""
-    return tuple(
-        slice(part.start - whole.start, part.stop - whole.start) if part else slice(0)
-        for part, whole in zip(parts, wholes, strict=True)
-    )
+        bounds = [piece.indices(n) for piece, n in zip(shard.index, leaf.shape, strict=True)]
+        stacked, rest = bounds[: len(index)], bounds[len(index) :]
+        if all(start <= i < stop for i, (start, stop, _) in zip(index, stacked, strict=True)):
+            local = tuple(i - start for i, (start, _, _) in zip(index, stacked, strict=True))
+            values[tuple(slice(*bound) for bound in rest)] = np.asarray(shard.data[local])
+    return values
 
 
 def _distinct_shards(leaf: jax.Array) -> Iterator[Any]:
