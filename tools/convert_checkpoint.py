@@ -32,7 +32,6 @@ from kimi_jax.interop.hf_checkpoint import HfCheckpoint
 from kimi_jax.interop.hf_encode import Encoder, peak_bytes
 from kimi_jax.interop.hf_export import PlannedFile, export_hugging_face, plan_export
 from kimi_jax.interop.hf_names import hf_tensors
-from kimi_jax.quantization.int4 import GROUP_SIZE
 
 _GB = 1e9
 _GGUF = {f"gguf_{kind.value}": kind for kind in GgufType}
@@ -98,8 +97,7 @@ def _announce(given: Input, num_bytes: int, files: str) -> None:
 
 
 def _encoder(given: Input) -> Encoder:
-    group_size = given.source.group_size or GROUP_SIZE
-    return Encoder(given.source, FileFormat(_FORMAT.value), group_size)
+    return Encoder(given.source, FileFormat(_FORMAT.value), given.group_size)
 
 
 def _convert(given: Input, encoder: Encoder) -> None:

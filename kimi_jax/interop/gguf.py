@@ -3,64 +3,34 @@
 Tensors pass through memory in blocks of rows, whatever the size of the model.
 """
 
-import dataclasses
-import enum
+import contextlib
+import math
 import os
 import pathlib
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 from absl import logging
 
 from kimi_jax.configs.model import ModelConfig
-from kimi_jax.core.errors import CheckpointFileError, ConfigError, require
-from kimi_jax.interop.gguf_layout import (
-    GgufTensor,
-    Piece,
-    Role,
-    check_readable,
-    gguf_tensors,
+from kimi_jax.core.errors import CheckpointFileError, require
+from kimi_jax.interop.ahead import in_order
+from kimi_jax.interop.gguf_encode import (
+    GgufType,
+    PlannedTensor,
+    encode,
+    gguf_package,
+    row_blocks,
+    stored_type,
 )
+from kimi_jax.interop.gguf_layout import check_readable, gguf_tensors
 from kimi_jax.interop.gguf_tokenizer import GgufTokenizer, add_tokenizer
-from kimi_jax.interop.tensor_source import PackedRows, TensorSource
+from kimi_jax.interop.tensor_source import TensorSource
 from kimi_jax.model.router import routed_scaling_factor
 
-_BLOCK_VALUES = 1 << 23
-_ROW_MULTIPLE = 128  # rows that share scales in FP8 checkpoints
-_Q4_BLOCK = 32
 _YARN_UNIT = 0.1  # llama.cpp keeps YaRN's mscale_all_dim times this
 _BETAS_ASSUMED = (32.0, 1.0)
-
-
-class GgufType(enum.Enum):
-    """Formats of weights; norms, selection biases and routers are float32 in each.
-
-    Q8_0 has 8-bit codes with a scale for 32 inputs, and float16 for matrices whose inputs are no
-    multiple of 32. Q4_0 holds the INT4 codes and scales of routed experts as they are; everything
-    else is bfloat16.
-    """
-
-    F32 = "f32"
-    F16 = "f16"
-    BF16 = "bf16"
-    Q8_0 = "q8_0"
-    Q4_0 = "q4_0"
-
-
-_LARGEST_HALF = 65504.0
-_LARGEST = {GgufType.F16: _LARGEST_HALF, GgufType.Q8_0: 127 * _LARGEST_HALF}
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor of the file, its format and its size."""
-
-    tensor: GgufTensor
-    stored: GgufType
-    num_bytes: int
 
 
 def plan_gguf(config: ModelConfig, weight_type: GgufType) -> tuple[PlannedTensor, ...]:
@@ -70,14 +40,13 @@ def plan_gguf(config: ModelConfig, weight_type: GgufType) -> tuple[PlannedTensor
       ConfigError: llama.cpp does not read such a model, or the extra `gguf` is not installed.
     """
     check_readable(config)
-    sizes = _package().GGML_QUANT_SIZES
+    sizes = gguf_package().GGML_QUANT_SIZES
     planned = []
     for tensor in gguf_tensors(config):
-        stored = _stored_type(tensor, weight_type)
-        values, num_bytes = sizes[_package().GGMLQuantizationType[stored.name]]
-        planned.append(
-            PlannedTensor(tensor, stored, int(np.prod(tensor.shape)) // values * num_bytes)
-        )
+        stored = stored_type(tensor, weight_type)
+        values, num_bytes = sizes[gguf_package().GGMLQuantizationType[stored.name]]
+        size = math.prod(tensor.shape) // values * num_bytes
+        planned.append(PlannedTensor(tensor, stored, size))
     return tuple(planned)
 
 
@@ -112,48 +81,21 @@ def write_gguf(
     planned = plan_gguf(source.config, weight_type)
     if weight_type is GgufType.Q4_0:
         _require_int4(source, planned)
-    writer = _package().GGUFWriter(None, "deepseek2")
+    writer = gguf_package().GGUFWriter(None, "deepseek2")
     _describe(writer, source.config, weight_type, path.stem)
     add_tokenizer(writer, tokenizer, source.config.vocab_size)
     partial = path.with_name(path.name + ".partial")
     try:
         _write_header(writer, planned, partial)
         with partial.open("ab") as file:
-            num_bytes = 0
-            for entry in planned:
-                for block in _encoded(source, entry):
-                    _append(file, block, entry.tensor.name)
-                    num_bytes += block.nbytes
-                    progress(num_bytes)
-                    del block  # before the next one is read
-                _pad(file)
+            _write_tensors(file, planned, source, progress)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
     except OSError as error:
-        raise CheckpointFileError(f"cannot write {partial}: {error.strerror}") from error
+        raise CheckpointFileError(f"{partial} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _package() -> types.ModuleType:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError(
-            "writing GGUF files needs the package gguf: pip install 'kimi_jax[gguf]'"
-        ) from error
-    return gguf
-
-
-def _stored_type(tensor: GgufTensor, weight_type: GgufType) -> GgufType:
-    if tensor.role is Role.SMALL:
-        return GgufType.F32
-    if weight_type is GgufType.Q4_0:
-        return GgufType.Q4_0 if tensor.role is Role.ROUTED_EXPERT else GgufType.BF16
-    if weight_type is GgufType.Q8_0 and tensor.shape[-1] % 32:
-        return GgufType.F16
-    return weight_type
 
 
 def _require_int4(source: TensorSource, planned: tuple[PlannedTensor, ...]) -> None:
@@ -168,7 +110,7 @@ def _require_int4(source: TensorSource, planned: tuple[PlannedTensor, ...]) -> N
 
 def _describe(writer: Any, config: ModelConfig, weight_type: GgufType, name: str) -> None:
     """Adds what llama.cpp has to know about the model."""
-    gguf = _package()
+    gguf = gguf_package()
     mostly = "ALL" if weight_type is GgufType.F32 else "MOSTLY"
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -197,7 +139,7 @@ def _describe_attention(writer: Any, config: ModelConfig) -> None:
 
 
 def _describe_rotation(writer: Any, config: ModelConfig) -> None:
-    gguf = _package()
+    gguf = gguf_package()
     writer.add_rope_dimension_count(config.head_rope_dim)
     writer.add_rope_freq_base(config.rope_theta)
     yarn = config.yarn
@@ -230,14 +172,14 @@ def _describe_feed_forward(writer: Any, config: ModelConfig) -> None:
     limited = config.expert_groups_per_token < config.num_expert_groups
     writer.add_expert_group_count(config.num_expert_groups if limited else 1)
     writer.add_expert_group_used_count(config.expert_groups_per_token if limited else 1)
-    writer.add_expert_gating_func(_package().ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_gating_func(gguf_package().ExpertGatingFuncType.SIGMOID)
     writer.add_expert_weights_norm(True)
     writer.add_expert_weights_scale(routed_scaling_factor(config))
 
 
 def _write_header(writer: Any, planned: tuple[PlannedTensor, ...], file: pathlib.Path) -> None:
     """Writes the description of model and tensors, up to where the first tensor begins."""
-    types_by_name = _package().GGMLQuantizationType
+    types_by_name = gguf_package().GGMLQuantizationType
     for entry in planned:
         writer.add_tensor_info(
             entry.tensor.name,
@@ -252,13 +194,31 @@ def _write_header(writer: Any, planned: tuple[PlannedTensor, ...], file: pathlib
         writer.write_ti_data_to_file()
     finally:
         writer.close()
-    with file.open("ab") as stream:
-        _pad(stream)
 
 
-def _pad(file: BinaryIO) -> None:
-    """Every tensor begins at a multiple of the format's alignment."""
-    file.write(bytes(-file.tell() % _package().GGUF_DEFAULT_ALIGNMENT))
+def _write_tensors(
+    file: BinaryIO,
+    planned: tuple[PlannedTensor, ...],
+    source: TensorSource,
+    progress: Callable[[int], None],
+) -> None:
+    tasks = (
+        (source, entry, piece, rows)
+        for entry in planned
+        for piece in entry.tensor.pieces
+        for rows in row_blocks(entry.tensor, piece)
+    )
+    num_bytes, current = 0, None
+    with contextlib.closing(in_order(encode, tasks)) as blocks:
+        for (_, entry, *_), block in blocks:
+            if entry is not current:
+                _pad(file)
+                current = entry
+            _append(file, block, entry.tensor.name)
+            num_bytes += block.nbytes
+            progress(num_bytes)
+    _pad(file)
+    assert num_bytes == sum(entry.num_bytes for entry in planned)
 
 
 def _append(file: BinaryIO, block: np.ndarray, name: str) -> None:
@@ -266,112 +226,10 @@ def _append(file: BinaryIO, block: np.ndarray, name: str) -> None:
         file.write(block.reshape(-1).view(np.uint8).data)
     except OSError as error:
         raise CheckpointFileError(
-            f"cannot write tensor {name} to {file.name}: {error.strerror}"
+            f"tensor {name} cannot be written to {file.name}: {error.strerror}"
         ) from error
 
 
-def _encoded(source: TensorSource, entry: PlannedTensor) -> Iterator[np.ndarray]:
-    """Yields a tensor as the file holds it, in blocks."""
-    for piece in entry.tensor.pieces:
-        for rows in _row_blocks(entry.tensor, piece):
-            yield _read_block(source, entry, piece, rows)
-
-
-def _row_blocks(tensor: GgufTensor, piece: Piece) -> Iterator[slice]:
-    """Cuts a piece into rows that fit into memory; a transposed one is small."""
-    count = piece.rows.stop - piece.rows.start
-    if not piece.transposed:
-        count = max(_BLOCK_VALUES // tensor.shape[-1], 1)
-        count = max(count // _ROW_MULTIPLE * _ROW_MULTIPLE, min(count, _ROW_MULTIPLE))
-    for start in range(piece.rows.start, piece.rows.stop, count):
-        yield slice(start, min(start + count, piece.rows.stop))
-
-
-def _read_block(
-    source: TensorSource, entry: PlannedTensor, piece: Piece, rows: slice
-) -> np.ndarray:
-    """Returns the bytes of some rows as the file holds them."""
-    shape = entry.tensor.shape
-    if entry.stored is GgufType.Q4_0:
-        packed = source.int4_rows(piece.name, rows)
-        return int4_blocks(packed, piece.name, (rows.stop - rows.start, shape[-1]))
-    values = source.rows(piece.name, rows)
-    inputs = shape[-2:-1] if piece.transposed else shape[1:][-1:]
-    expected = (rows.stop - rows.start, *inputs)
-    if values.shape != expected:
-        raise CheckpointFileError(
-            f"rows {rows.start} to {rows.stop} of {piece.name} have the shape "
-            f"{list(values.shape)}, and should have {list(expected)}"
-        )
-    values = np.ascontiguousarray(values.T) if piece.transposed else values
-    return _convert(values, entry.stored, piece.name)
-
-
-def _convert(values: np.ndarray, stored: GgufType, name: str) -> np.ndarray:
-    """Rounds values to a format.
-
-    Raises:
-      CheckpointFileError: one is too large for the format, or is no number.
-    """
-    if stored is GgufType.BF16:
-        return values.astype(ml_dtypes.bfloat16, copy=False)
-    values = values.astype(np.float32, copy=False)
-    if stored is GgufType.F32:
-        return values
-    largest = max(values.max(), -values.min())  # NaN where there is one
-    if not largest <= _LARGEST[stored]:
-        raise CheckpointFileError(
-            f"{name} has a value of size {largest:g}, and {stored.value} holds sizes up to "
-            f"{_LARGEST[stored]:g}; choose bf16 or f32, if it is a number at all"
-        )
-    if stored is GgufType.F16:
-        return values.astype(np.float16)
-    return _package().quants.quantize(values, _package().GGMLQuantizationType.Q8_0)
-
-
-def int4_blocks(packed: PackedRows | None, name: str, shape: tuple[int, int]) -> np.ndarray:
-    """Lays INT4 rows out as blocks of Q4_0, codes and scales unchanged.
-
-    Both hold code + 8 in a nibble and multiply code by scale. A block has the scale of 32 inputs
-    as float16, then 16 bytes: input i in the low nibble of byte i, input i + 16 in the high one.
-    float16 has every bfloat16 number from 2^-17, which is less than the smallest scale of
-    quantisation, 1e-5, to 65280.
-
-    Args:
-      packed: rows in the order of compressed-tensors; None where the tensor is not INT4.
-      name: of the published tensor.
-      shape: rows and inputs that there should be.
-
-    Returns:
-      uint8 [rows, inputs / 32 * 18].
-
-    Raises:
-      CheckpointFileError: the rows have another shape, or a scale that float16 does not have.
-    """
-    rows, inputs = shape
-    if packed is None:
-        raise CheckpointFileError(
-            f"{name} is not held in INT4, unlike other routed experts; export q8_0 or bf16"
-        )
-    words, scales = packed
-    if words.shape != (rows, inputs // 8) or scales.shape != (rows, inputs // _Q4_BLOCK):
-        raise CheckpointFileError(
-            f"{name} has codes {list(words.shape)} and scales {list(scales.shape)}; q4_0 needs "
-            f"[{rows}, {inputs // 8}] and [{rows}, {inputs // _Q4_BLOCK}], groups of {_Q4_BLOCK}"
-        )
-    with np.errstate(over="ignore"):
-        half = scales.astype(np.float16)
-    inexact = (half.astype(np.float32) != scales.astype(np.float32)) | ~np.isfinite(half)
-    if inexact.any():
-        raise CheckpointFileError(
-            f"{name} has the scale {float(scales[inexact][0]):g}, which float16 does not have: "
-            "q4_0 would change its weights; export q8_0 or bf16"
-        )
-    # Bytes in the published order hold inputs 2 b and 2 b + 1.
-    pairs = np.ascontiguousarray(words, "<i4").view(np.uint8).reshape(rows, -1, 2, 8)
-    first, second = pairs[..., 0, :], pairs[..., 1, :]
-    blocks = np.empty((rows, inputs // _Q4_BLOCK, 18), np.uint8)
-    blocks[..., :2] = half.astype("<f2")[..., None].view(np.uint8)
-    blocks[..., 2::2] = (first & 0x0F) | (second << 4)
-    blocks[..., 3::2] = (first >> 4) | (second & 0xF0)
-    return blocks.reshape(rows, -1)
+def _pad(file: BinaryIO) -> None:
+    """Every tensor begins at a multiple of the format's alignment."""
+    file.write(bytes(-file.tell() % gguf_package().GGUF_DEFAULT_ALIGNMENT))

@@ -291,9 +291,7 @@ def from_published(part: Part, rows: np.ndarray, index: tuple[slice, ...]) -> np
 def to_published(part: Part, values: np.ndarray) -> np.ndarray:
     """Turns a whole parameter into [heads, width, in], or [size]: the rows that it has there."""
     rows = values.transpose((*part.out_dims, *part.in_dims))
-    if not part.in_dims:
-        return rows
-    return rows.reshape(part.heads, part.width, -1)
+    return rows.reshape(part.heads, part.width, -1) if part.in_dims else rows
 
 
 def parts_by_path(config: ModelConfig) -> dict[str, dict[tuple[int, ...], tuple[HfTensor, Part]]]:

@@ -17,8 +17,7 @@ _COUNTED_BITS = 16
 class Tensors(Protocol):
     """Tensors by name, whatever they are stored in: a `SafetensorsFolder` is one.
 
-    To compare quantised weights by value, show them as what `read` dequantises: `tensors` then has
-    the names, shapes and dtypes of the values, not of their codes and scales.
+    `dequantized_tensors.py` has another, in which quantised weights are values.
     """
 
     tensors: Mapping[str, TensorInfo]

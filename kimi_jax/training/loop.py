@@ -12,7 +12,6 @@ from kimi_jax.core.errors import TrainingInterruptedError
 from kimi_jax.data.corpus import Corpus
 from kimi_jax.data.device_feed import DeviceFeed, open_feed
 from kimi_jax.model import transformer
-from kimi_jax.parallel import mesh as meshes
 from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.training import faults
 from kimi_jax.training import workdir as workdirs
@@ -58,7 +57,6 @@ def train(
       TrainingInterruptedError: the process was asked to stop; a checkpoint of the last step is
         written.
     """
-    meshes.check_batch(mesh, config.training.batch_sequences, config.training.accumulation_steps)
     plan = transformer.specs(config.model)
     workdir = workdirs.claim(workdir, config, resume=resume)
     every, num_steps = config.training, config.training.num_steps

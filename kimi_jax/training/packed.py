@@ -25,6 +25,7 @@ from kimi_jax.parallel.mesh import sequence_shards
 from kimi_jax.parallel.multihost import is_first
 from kimi_jax.parallel.placement import abstract_parameters, cast
 from kimi_jax.quantization import qat
+from kimi_jax.training.checkpoint import chunks
 from kimi_jax.training.workdir import CONFIG_FILE, read_config
 
 WEIGHTS_FOLDER = "weights"
@@ -65,7 +66,7 @@ def save_packed(
     require(not folder.exists(), f"{folder} exists; name a folder that does not")
     packed = jax.jit(functools.partial(pack, config=config))(params)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / WEIGHTS_FOLDER, packed)
+        checkpointer.save(folder / WEIGHTS_FOLDER, packed, save_args=chunks(packed))
     if is_first():
         text = json.dumps(convert.to_json_dict(config), indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n")

@@ -11,10 +11,16 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from kimi_jax.configs import presets
+from kimi_jax.configs.hugging_face_export import FileFormat, to_hugging_face, with_quantization
 from kimi_jax.configs.model import YarnConfig
 from kimi_jax.core.errors import CheckpointFileError, ConfigError
-from kimi_jax.interop import gguf as exporter
-from kimi_jax.interop.gguf import GgufType, int4_blocks, plan_gguf, write_gguf
+from kimi_jax.interop import gguf_encode
+from kimi_jax.interop.ahead import AHEAD, THREADS
+from kimi_jax.interop.gguf import plan_gguf, write_gguf
+from kimi_jax.interop.gguf_encode import GgufType, int4_blocks
+from kimi_jax.interop.hf_checkpoint import HfCheckpoint
+from kimi_jax.interop.hf_encode import Encoder
+from kimi_jax.interop.hf_export import export_hugging_face
 from kimi_jax.interop.tensor_source import PackedRows
 from tests.interop.gguf_layout_test import gguf_name
 from tests.support import published
@@ -240,16 +246,32 @@ class StreamingTest(parameterized.TestCase):
         whole, parts = self.folder / "whole.gguf", self.folder / "parts" / "whole.gguf"
         parts.parent.mkdir()
         write_gguf(whole, source, None, weight_type=weight_type)
-        # No layer's experts together, the largest of which has 20480 values.
-        self.assertLessEqual(source.most_values, CONFIG.dense_ffn_dim * CONFIG.embed_dim)
         source.most_values = 0
         with (
-            mock.patch.object(exporter, "_BLOCK_VALUES", 1024),
-            mock.patch.object(exporter, "_ROW_MULTIPLE", 2),
+            mock.patch.object(gguf_encode, "BLOCK_VALUES", 1024),
+            mock.patch.object(gguf_encode, "_ROW_MULTIPLE", 2),
         ):
             write_gguf(parts, source, None, weight_type=weight_type)
-        self.assertLessEqual(source.most_values, 1024)
+        self.assertLessEqual(source.most_values, (AHEAD + THREADS + 1) * 1024)
+        of_a_layer = CONFIG.num_routed_experts * CONFIG.expert_ffn_dim * CONFIG.embed_dim
+        self.assertLess(source.most_values, of_a_layer / 3)
         self.assertEqual(whole.read_bytes(), parts.read_bytes())
+
+    @parameterized.parameters((FileFormat.INT4, GgufType.Q4_0), (FileFormat.BF16, GgufType.Q8_0))
+    def test_published_folder_gives_the_same_file(self, form, weight_type):
+        source = published.RandomSource(CONFIG, int4=form is FileFormat.INT4)
+        encoder = Encoder(source, form, 32)
+        fields = to_hugging_face(CONFIG, bos_token_id=0, eos_token_id=1)
+        fields = with_quantization(fields, form, 32)
+        folder = self.folder / "published"
+        export_hugging_face(folder, encoder, fields=fields, identity="", carried=[])
+        direct, through = self.folder / "a" / "model.gguf", self.folder / "b" / "model.gguf"
+        for file in (direct, through):
+            file.parent.mkdir()
+        write_gguf(direct, source, None, weight_type=weight_type)
+        with HfCheckpoint(folder) as checkpoint:
+            write_gguf(through, checkpoint, None, weight_type=weight_type)
+        self.assertEqual(direct.read_bytes(), through.read_bytes())
 
     def test_progress_counts_the_planned_bytes(self):
         counts = []
@@ -296,7 +318,8 @@ class StreamingTest(parameterized.TestCase):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (total // 2, limits[1]))
             with self.assertRaisesRegex(
-                CheckpointFileError, r"tensor blk\.1\.\w+\.weight to .*model\.gguf\.partial"
+                CheckpointFileError,
+                r"tensor blk\.1\.\w+\.weight cannot be written to .*model\.gguf\.partial",
             ):
                 write_gguf(self.file, source, None, weight_type=GgufType.F32)
         finally:

@@ -1,5 +1,6 @@
 """Tiny random models under the published names, as exporters read them."""
 
+import threading
 import weakref
 from collections.abc import Mapping
 
@@ -81,6 +82,7 @@ class RandomSource:
                 packed, values = _int4(generator, self.tensors[name].shape)
                 self.packed[name], self.tensors[name] = packed, values
         self.most_values = self._alive = 0
+        self._lock = threading.RLock()
 
     @property
     def group_size(self) -> int | None:
@@ -105,8 +107,9 @@ class RandomSource:
         return lent
 
     def _count(self, values: int) -> None:
-        self._alive += values
-        self.most_values = max(self.most_values, self._alive)
+        with self._lock:
+            self._alive += values
+            self.most_values = max(self.most_values, self._alive)
 
 
 def _draw(generator: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Runs the program as a user does: what it prints, and its exit codes."""
 
 import concurrent.futures
+import os
 import pathlib
 import subprocess
 import sys
@@ -23,8 +24,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def _inspect(**options):
     arguments = [f"--{name}={value}" for name, value in options.items()]
     return subprocess.run(
-        [sys.executable, "-m", "tools.inspect_checkpoint", *arguments],
+        [sys.executable, "tools/inspect_checkpoint.py", *arguments],
         cwd=_ROOT,
+        env=os.environ | {"PYTHONPATH": str(_ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -98,6 +100,7 @@ class InspectCheckpointTest(absltest.TestCase):
             "same": {"checkpoint": one, "diff": one},
             "orbax": {"checkpoint": run, "diff": packed},
             "empty": {"checkpoint": folder / "empty"},
+            "no model": {"checkpoint": one, "dequantize": True},
             "regex": {"checkpoint": one, "filter": "("},
             "no match": {"checkpoint": one, "filter": "zzz"},
             "two modes": both | {"norms": True},
@@ -169,6 +172,7 @@ class InspectCheckpointTest(absltest.TestCase):
     def test_a_mistake_is_answered_by_one_line(self):
         answers = {
             "empty": "no *.safetensors",
+            "no model": "config.json",
             "regex": "--filter=( is no regular expression",
             "no match": "--filter=zzz fits none of the 7 names",
             "two modes": "--norms or --diff",
