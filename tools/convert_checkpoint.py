@@ -86,7 +86,14 @@ def _convert_to_gguf(given: Input) -> None:
     if tokenizer is None:
         Console().print("the file will have no tokenizer, as there is none beside the input")
     with byte_progress("converting", num_bytes) as progress:
-        write_gguf(_OUTPUT.value, given.source, tokenizer, weight_type=kind, progress=progress)
+        write_gguf(
+            _OUTPUT.value,
+            given.source,
+            tokenizer,
+            weight_type=kind,
+            identity=given.identity,
+            progress=progress,
+        )
 
 
 def _announce(given: Input, num_bytes: int, files: str) -> None:
