@@ -172,12 +172,13 @@ class _Reader:
     ) -> jax.Array:
         """Reads each shard once, and puts it on all devices of this process that hold it."""
         sharding = NamedSharding(self._mesh, layout)
-        holders: dict[Index, list[jax.Device]] = {}
+        holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
-            whole = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))
-            holders.setdefault(whole, []).append(device)
+            bounds = tuple(i.indices(n)[:2] for i, n in zip(index, shape, strict=True))
+            holders.setdefault(bounds, []).append(device)
         arrays = []
-        for index, devices in holders.items():
+        for bounds, devices in holders.items():
+            index = tuple(slice(*ends) for ends in bounds)
             shard = self._shard(path, index, dtype, read_piece)
             arrays += [jax.device_put(shard, device) for device in devices]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

@@ -82,6 +82,17 @@ class QuantizeTest(parameterized.TestCase):
             expected = (values[part] / scale).astype(ml_dtypes.float8_e4m3fn)
             np.testing.assert_array_equal(codes[part], expected)
 
+    def test_every_code_and_what_lies_between_two_is_rounded_as_by_ml_dtypes(self):
+        codes = np.arange(0x7F, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        between = (codes[1:] + codes[:-1]) / 2  # ties
+        near = np.concatenate([np.nextafter(between, 0), np.nextafter(between, np.float32(448))])
+        values = np.concatenate([codes, between, near])
+        values = np.resize(np.concatenate([values, -values]), (128, 128))
+        found, scales = fp8_blocks.quantize(values)
+        self.assertEqual(scales.item(), 1.0)
+        expected = values.astype(ml_dtypes.float8_e4m3fn)
+        np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8))
+
     def test_zeros_stay_zeros_with_the_scale_1(self):
         codes, scales = fp8_blocks.quantize(np.zeros((130, 5), np.float32))
         np.testing.assert_array_equal(codes.astype(np.float32), np.zeros((130, 5)))

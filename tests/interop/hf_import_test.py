@@ -1,5 +1,6 @@
 """Parameters read onto meshes, against values computed by loops from the same tensors."""
 
+import dataclasses
 import functools
 import pathlib
 import tempfile
@@ -11,8 +12,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from kimi_jax.configs.compute import ComputeConfig, ComputeDtype
+from kimi_jax.core.errors import ConfigError
 from kimi_jax.interop.hf_checkpoint import HfCheckpoint
-from kimi_jax.interop.hf_import import Int4Import, import_parameters
+from kimi_jax.interop.hf_import import Int4Import, check_architecture, import_parameters
 from kimi_jax.model import transformer
 from kimi_jax.parallel.placement import abstract_parameters
 from kimi_jax.quantization.int4 import Int4Weight
@@ -114,6 +116,18 @@ class HfImportTest(parameterized.TestCase):
         )
         self.assertGreater(np.std(kept), 0.01)
         np.testing.assert_array_equal(kept, dequantised)
+
+    def test_a_model_of_another_architecture_is_named_by_what_differs(self):
+        config = families.K2
+        with HfCheckpoint(_files("kimi_k2")[1]) as checkpoint:
+            check_architecture(checkpoint, dataclasses.replace(config, max_position=77, yarn=None))
+            other = dataclasses.replace(config, num_heads=4, norm_eps=1e-4)
+            with self.assertRaisesRegex(ConfigError, "another architecture") as raised:
+                check_architecture(checkpoint, other)
+        message = str(raised.exception)
+        self.assertIn("model.num_heads: 4 here, 2 there", message)
+        self.assertIn("model.norm_eps: 0.0001 here, 1e-06 there", message)
+        self.assertNotIn("embed_dim", message)
 
 
 if __name__ == "__main__":

@@ -63,13 +63,13 @@ class VerifyBytesTest(parameterized.TestCase):
 class LogitsTest(absltest.TestCase):
     def test_the_same_model_is_not_apart_and_another_one_is(self):
         params = tiny.host_parameters()
-        source = ParameterSource.of(params, tiny.MODEL)
+        source = ParameterSource.of(params, _CONFIG)
         found = verification.compare_logits(source, source)
         self.assertEqual((found.largest, found.same_choice), (0.0, 1.0))
         self.assertGreater(found.scale, 0.1)
         head = params.head.copy()
         head[:, 3] += 0.01
-        changed = ParameterSource.of(params.replace(head=head), tiny.MODEL)
+        changed = ParameterSource.of(params.replace(head=head), _CONFIG)
         found = verification.compare_logits(source, changed)
         self.assertBetween(found.largest, 1e-4, 1.0)
 
