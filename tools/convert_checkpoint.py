@@ -110,7 +110,7 @@ def _encoder(given: Input) -> Encoder:
 def _convert(given: Input, encoder: Encoder) -> None:
     plan = _plan(encoder)
     num_bytes = sum(file.num_bytes for file in plan)
-    _announce(given, num_bytes, f"{len(plan)} files")
+    _announce(given, num_bytes, f"{len(plan)} file" + "s" * (len(plan) > 1))
     carried = _carried(given)
     if not carried:
         Console().print("no tokenizer lies beside the input; --tokenizer=FOLDER names one")
