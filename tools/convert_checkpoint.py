@@ -86,7 +86,14 @@ def _convert_to_gguf(given: Input) -> None:
     if tokenizer is None:
         Console().print("the file will have no tokenizer, as there is none beside the input")
     with byte_progress("converting", num_bytes) as progress:
-        write_gguf(_OUTPUT.value, given.source, tokenizer, weight_type=kind, progress=progress)
+        write_gguf(
+            _OUTPUT.value,
+            given.source,
+            tokenizer,
+            weight_type=kind,
+            identity=given.identity,
+            progress=progress,
+        )
 
 
 def _announce(given: Input, num_bytes: int, files: str) -> None:
@@ -103,7 +110,7 @@ def _encoder(given: Input) -> Encoder:
 def _convert(given: Input, encoder: Encoder) -> None:
     plan = _plan(encoder)
     num_bytes = sum(file.num_bytes for file in plan)
-    _announce(given, num_bytes, f"{len(plan)} files")
+    _announce(given, num_bytes, f"{len(plan)} file" + "s" * (len(plan) > 1))
     carried = _carried(given)
     if not carried:
         Console().print("no tokenizer lies beside the input; --tokenizer=FOLDER names one")

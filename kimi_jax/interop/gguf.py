@@ -7,14 +7,15 @@ import contextlib
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from kimi_jax.configs.model import ModelConfig
-from kimi_jax.core.errors import CheckpointFileError, require
+from kimi_jax.core.errors import require
 from kimi_jax.interop.ahead import in_order
 from kimi_jax.interop.gguf_encode import (
     GgufType,
@@ -25,6 +26,7 @@ from kimi_jax.interop.gguf_encode import (
     stored_type,
 )
 from kimi_jax.interop.gguf_layout import check_readable, gguf_tensors
+from kimi_jax.interop.gguf_partial import PartialFile
 from kimi_jax.interop.gguf_tokenizer import GgufTokenizer, add_tokenizer
 from kimi_jax.interop.tensor_source import TensorSource
 from kimi_jax.model.router import routed_scaling_factor
@@ -56,11 +58,13 @@ def write_gguf(
     tokenizer: GgufTokenizer | None,
     *,
     weight_type: GgufType,
+    identity: str = "",
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Writes a model into a new file.
 
-    Until the file is complete its name ends in `.partial`.
+    Until the file is complete its name ends in `.partial`. The same call goes on after the last
+    whole tensor of one that was stopped.
 
     Args:
       path: the file.
@@ -68,7 +72,9 @@ def write_gguf(
       tokenizer: from `gguf_tokenizer.read_gguf_tokenizer`; None for a model of ids alone, such as
         one trained on bytes.
       weight_type: format of the weights.
-      progress: called with the number of bytes of tensors written so far.
+      identity: says what the source is; a stopped call goes on only from the same.
+      progress: called with the number of bytes of tensors written so far, those of an earlier call
+        included.
 
     Raises:
       ConfigError: llama.cpp does not read such a model or tokenizer, the model does not have the
@@ -84,18 +90,11 @@ def write_gguf(
     writer = gguf_package().GGUFWriter(None, "deepseek2")
     _describe(writer, source.config, weight_type, path.stem)
     add_tokenizer(writer, tokenizer, source.config.vocab_size)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        _write_header(writer, planned, partial)
-        with partial.open("ab") as file:
-            _write_tensors(file, planned, source, progress)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError as error:
-        raise CheckpointFileError(f"{partial} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    alignment = gguf_package().GGUF_DEFAULT_ALIGNMENT
+    sizes = [entry.num_bytes for entry in planned]
+    header = _header(writer, planned)
+    with PartialFile(path, header, sizes, identity=identity, alignment=alignment) as file:
+        _write_tensors(file, planned, source, progress)
 
 
 def _require_int4(source: TensorSource, planned: tuple[PlannedTensor, ...]) -> None:
@@ -177,8 +176,8 @@ def _describe_feed_forward(writer: Any, config: ModelConfig) -> None:
     writer.add_expert_weights_scale(routed_scaling_factor(config))
 
 
-def _write_header(writer: Any, planned: tuple[PlannedTensor, ...], file: pathlib.Path) -> None:
-    """Writes the description of model and tensors, up to where the first tensor begins."""
+def _header(writer: Any, planned: tuple[PlannedTensor, ...]) -> bytes:
+    """Returns the description of model and tensors, up to where the first tensor begins."""
     types_by_name = gguf_package().GGMLQuantizationType
     for entry in planned:
         writer.add_tensor_info(
@@ -188,48 +187,39 @@ def _write_header(writer: Any, planned: tuple[PlannedTensor, ...], file: pathlib
             entry.num_bytes,
             raw_dtype=types_by_name[entry.stored.name],
         )
-    try:
-        writer.write_header_to_file(file)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "header"
+        try:
+            writer.write_header_to_file(file)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
+        return file.read_bytes()
 
 
 def _write_tensors(
-    file: BinaryIO,
+    file: PartialFile,
     planned: tuple[PlannedTensor, ...],
     source: TensorSource,
     progress: Callable[[int], None],
 ) -> None:
+    num_bytes = sum(entry.num_bytes for entry in planned[: file.num_done])
     tasks = (
         (source, entry, piece, rows)
-        for entry in planned
+        for entry in planned[file.num_done :]
         for piece in entry.tensor.pieces
         for rows in row_blocks(entry.tensor, piece)
     )
-    num_bytes, current = 0, None
+    left = 0  # bytes of the current tensor
     with contextlib.closing(in_order(encode, tasks)) as blocks:
         for (_, entry, *_), block in blocks:
-            if entry is not current:
-                _pad(file)
-                current = entry
-            _append(file, block, entry.tensor.name)
+            if left == 0:
+                file.begin_tensor()
+                left = entry.num_bytes
+            file.append(block.reshape(-1).view(np.uint8).data, entry.tensor.name)
+            left -= block.nbytes
+            if left == 0:
+                file.end_tensor()
             num_bytes += block.nbytes
             progress(num_bytes)
-    _pad(file)
-    assert num_bytes == sum(entry.num_bytes for entry in planned)
-
-
-def _append(file: BinaryIO, block: np.ndarray, name: str) -> None:
-    try:
-        file.write(block.reshape(-1).view(np.uint8).data)
-    except OSError as error:
-        raise CheckpointFileError(
-            f"tensor {name} cannot be written to {file.name}: {error.strerror}"
-        ) from error
-
-
-def _pad(file: BinaryIO) -> None:
-    """Every tensor begins at a multiple of the format's alignment."""
-    file.write(bytes(-file.tell() % gguf_package().GGUF_DEFAULT_ALIGNMENT))

@@ -162,7 +162,7 @@ class GgufTest(parameterized.TestCase):
         source.packed[EXPERT].scales[3, 1] = scale
         with self.assertRaisesRegex(CheckpointFileError, f"{EXPERT} has the scale"):
             self.write(source, GgufType.Q4_0)
-        self.assertEqual(list(self.folder.iterdir()), [])
+        self.assertFalse(self.file.exists())
 
     def test_groups_of_another_size_are_refused(self):
         packed = PackedRows(np.zeros((2, 8), np.int32), np.ones((2, 1), ml_dtypes.bfloat16))
@@ -299,19 +299,57 @@ class StreamingTest(parameterized.TestCase):
             source,
             None,
             weight_type=GgufType.F32,
-            progress=lambda _: seen.add(tuple(path.name for path in self.folder.iterdir())),
+            progress=lambda _: seen.add(tuple(sorted(path.name for path in self.folder.iterdir()))),
         )
-        self.assertEqual(seen, {("model.gguf.partial",)})
+        self.assertEqual(seen, {("model.gguf.partial", "model.gguf.partial.json")})
         self.assertEqual([path.name for path in self.folder.iterdir()], ["model.gguf"])
 
-    def test_nothing_is_left_when_the_source_fails(self):
-        source = published.RandomSource(CONFIG)
-        del source.tensors["model.norm.weight"]
+    def test_a_stopped_export_goes_on_after_its_last_whole_tensor(self):
+        whole, source = self.folder / "whole.gguf", published.RandomSource(CONFIG)
+        write_gguf(whole, source, None, weight_type=GgufType.F16)
+        norm = source.tensors.pop("model.norm.weight")
         with self.assertRaises(KeyError):
-            write_gguf(self.file, source, None, weight_type=GgufType.F32)
-        self.assertEqual(list(self.folder.iterdir()), [])
+            write_gguf(self.file, source, None, weight_type=GgufType.F16)
+        self.assertFalse(self.file.exists())
+        source.tensors["model.norm.weight"] = norm
+        read = []
+        rows = source.rows
+        source.rows = lambda name, part: (read.append(name), rows(name, part))[1]
+        counts = []
+        write_gguf(self.file, source, None, weight_type=GgufType.F16, progress=counts.append)
+        self.assertEqual(set(read), {"model.norm.weight", "lm_head.weight"})
+        self.assertEqual(
+            counts[-1], sum(entry.num_bytes for entry in plan_gguf(CONFIG, GgufType.F16))
+        )
+        names = [path.name for path in self.folder.iterdir()]
+        self.assertCountEqual(names, ["model.gguf", "whole.gguf"])
+        self._assert_same_tensors(whole, self.file)
 
-    def test_full_disk_is_reported_with_file_and_tensor_and_nothing_is_left(self):
+    def test_an_export_of_another_source_begins_anew(self):
+        source = published.RandomSource(CONFIG)
+        norm = source.tensors.pop("model.norm.weight")
+        with self.assertRaises(KeyError):
+            write_gguf(self.file, source, None, weight_type=GgufType.F16, identity="one")
+        source.tensors["model.norm.weight"] = norm
+        counts = []
+        write_gguf(
+            self.file,
+            source,
+            None,
+            weight_type=GgufType.F16,
+            identity="other",
+            progress=counts.append,
+        )
+        first = plan_gguf(CONFIG, GgufType.F16)[0]
+        self.assertLessEqual(counts[0], first.num_bytes)
+
+    def _assert_same_tensors(self, left, right):
+        pairs = zip(gguf.GGUFReader(left).tensors, gguf.GGUFReader(right).tensors, strict=True)
+        for one, other in pairs:
+            self.assertEqual(one.name, other.name)
+            np.testing.assert_array_equal(one.data, other.data)
+
+    def test_full_disk_is_reported_with_file_and_tensor(self):
         source = published.RandomSource(CONFIG)
         total = sum(entry.num_bytes for entry in plan_gguf(CONFIG, GgufType.F32))
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -324,7 +362,7 @@ class StreamingTest(parameterized.TestCase):
                 write_gguf(self.file, source, None, weight_type=GgufType.F32)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        self.assertEqual(list(self.folder.iterdir()), [])
+        self.assertFalse(self.file.exists())
 
     def test_remains_of_an_interrupted_export_are_replaced(self):
         self.file.with_name("model.gguf.partial").write_bytes(b"\0" * 1_000_000)
