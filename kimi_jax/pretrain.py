@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from kimi_jax.analysis.report import FOLDER, PAGE, write_report
 from kimi_jax.analysis.run_log import read_run
 from kimi_jax.configs.experiment import ExperimentConfig
+from kimi_jax.core.byte_progress import byte_progress
 from kimi_jax.core.param_spec import count_parameters
 from kimi_jax.core.rng import key_for
 from kimi_jax.data.corpus import Corpus, open_corpus
@@ -20,6 +22,8 @@ from kimi_jax.data.pipeline import HeldOut, held_out_batches
 from kimi_jax.data.tokenizer import check_vocabulary
 from kimi_jax.evaluation.perplexity import HeldOutEvaluation
 from kimi_jax.inference.sampling import sample
+from kimi_jax.interop.hf_checkpoint import HfCheckpoint
+from kimi_jax.interop.hf_import import check_architecture, import_parameters
 from kimi_jax.model import accounting, transformer
 from kimi_jax.optimizers.muon_clip import describe_labels
 from kimi_jax.optimizers.schedules import learning_rate_schedule
@@ -63,12 +67,21 @@ def pretrain(
     with multihost.first_before_others("open the corpus"):
         corpus = open_corpus(config.data)
     check_vocabulary(corpus.tokenizer, config.model.vocab_size)
+    read_weights = _open_weights(config, mesh)
     held_out = _held_out(config, corpus)
     print_banner(pathlib.Path(workdir).name, _sections(config, mesh, corpus, held_out))
     started = time.monotonic()
     with jax.set_mesh(mesh):
         evaluate = HeldOutEvaluation(held_out, mesh) if held_out else None
-        state = train(config, workdir, corpus, mesh=mesh, evaluate=evaluate, resume=resume)
+        state = train(
+            config,
+            workdir,
+            corpus,
+            mesh=mesh,
+            evaluate=evaluate,
+            read_weights=read_weights,
+            resume=resume,
+        )
         summary = _summary(config, mesh, held_out)
         summary["sample"] = _sample(config, corpus, state)
         summary["seconds"] = time.monotonic() - started
@@ -87,6 +100,26 @@ def _report(workdir: pathlib.Path, summary: dict[str, Any], held_out: HeldOut | 
     (workdir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     report = write_report(workdir)
     print_banner("finished", {"result": [*results, ("report", str(report))]})
+
+
+def _open_weights(
+    config: ExperimentConfig, mesh: jax.sharding.Mesh
+) -> Callable[[], transformer.TransformerParams] | None:
+    """Checks the checkpoint that training starts from, if any, and returns what reads it."""
+    folder = config.training.initial_weights
+    if folder is None:
+        return None
+    with HfCheckpoint(folder) as checkpoint:
+        check_architecture(checkpoint, config.model)
+
+    def read() -> transformer.TransformerParams:
+        with HfCheckpoint(folder) as checkpoint:
+            total = sum(info.num_bytes for info in checkpoint.files.tensors.values())
+            share = total * jax.local_device_count() // mesh.size
+            with byte_progress(f"reading {folder}", share, transient=True) as progress:
+                return import_parameters(checkpoint, mesh, progress=progress)
+
+    return read
 
 
 def _held_out(config: ExperimentConfig, corpus: Corpus) -> HeldOut | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.configs.hugging_face import model_config_from_hugging_face
-from kimi_jax.configs.hugging_face_export import to_hugging_face
+from kimi_jax.configs.hugging_face_export import TEXT_SECTION, to_hugging_face
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core.errors import CheckpointFileError
 from kimi_jax.data.corpus import open_tokenizer, tokenizer_files
@@ -17,8 +17,9 @@ from kimi_jax.interop.hf_checkpoint import CONFIG_FILE, HfCheckpoint
 from kimi_jax.interop.stored_parameters import stored_parameters
 from kimi_jax.interop.tensor_source import TensorSource
 from kimi_jax.model.router import routed_scaling_factor
+from kimi_jax.quantization.int4 import GROUP_SIZE
 from kimi_jax.training import workdir
-from kimi_jax.training.checkpoint import CHECKPOINT_FOLDER, STATE_FOLDER
+from kimi_jax.training.checkpoint import CHECKPOINT_FOLDER, newest_state
 from kimi_jax.training.packed import WEIGHTS_FOLDER
 
 # What is not carried from one published folder to another: it is written anew, or holds weights.
@@ -33,6 +34,7 @@ class Input:
       what: says what it is, for people.
       identity: differs where the model differs.
       source: its tensors.
+      group_size: of INT4, what it has or was trained for.
       fields: of a config.json.
       carried: files of the tokenizer and the like.
     """
@@ -40,6 +42,7 @@ class Input:
     what: str
     identity: str
     source: TensorSource
+    group_size: int
     fields: dict[str, Any]
     carried: list[pathlib.Path]
 
@@ -60,10 +63,18 @@ def open_input(path: str) -> Iterator[Input]:
     with HfCheckpoint(folder) as source:
         kept = [f for f in sorted(folder.iterdir()) if is_carried(f)]
         fields = json.loads((folder / CONFIG_FILE).read_text())
+        fields = fields.get(TEXT_SECTION, fields)  # nothing else is read, nor written
         what = f"published checkpoint, {len(source.files.tensors):,} tensors"
         facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir())]
         identity = json.dumps([str(folder.resolve()), facts])
-        yield Input(what=what, identity=identity, source=source, fields=fields, carried=kept)
+        yield Input(
+            what=what,
+            identity=identity,
+            source=source,
+            group_size=source.group_size or GROUP_SIZE,
+            fields=fields,
+            carried=kept,
+        )
 
 
 def read_model_config(path: str) -> ModelConfig:
@@ -84,24 +95,18 @@ def _run(folder: pathlib.Path) -> Input:
     if (folder / WEIGHTS_FOLDER).is_dir():
         what, weights, prefix = "packed model", folder / WEIGHTS_FOLDER, ""
     else:
-        step = _newest_step(folder)
-        what, prefix = f"run, step {step}", "params."
-        weights = folder / CHECKPOINT_FOLDER / str(step) / STATE_FOLDER
+        weights, prefix = newest_state(folder), "params."
+        if weights is None:
+            raise CheckpointFileError(f"{folder}: this run has no checkpoint yet")
+        what = f"run, step {weights.parent.name}"
     return Input(
         what=what,
         identity=json.dumps([str(weights.resolve()), weights.stat().st_mtime_ns]),
         source=stored_parameters(weights, config.model, prefix=prefix),
+        group_size=config.quantization.group_size,
         fields=_fields(config),
         carried=tokenizer_files(config.data),
     )
-
-
-def _newest_step(folder: pathlib.Path) -> int:
-    # An unfinished one has a longer name.
-    steps = [int(p.name) for p in (folder / CHECKPOINT_FOLDER).iterdir() if p.name.isdecimal()]
-    if not steps:
-        raise CheckpointFileError(f"{folder}: this run has no checkpoint yet")
-    return max(steps)
 
 
 def _fields(config: ExperimentConfig) -> dict[str, Any]:

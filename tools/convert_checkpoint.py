@@ -17,27 +17,31 @@ import pathlib
 
 import jax
 from absl import flags
-from byte_progress import byte_progress
 from checkpoint_source import Input, is_carried, open_input, read_model_config
 from rich.console import Console
 from rich.table import Table
 
 from experiments import program
 from kimi_jax.configs.hugging_face_export import FileFormat, with_quantization
+from kimi_jax.core.byte_progress import byte_progress
 from kimi_jax.core.errors import require
 from kimi_jax.interop import verification
+from kimi_jax.interop.gguf import GgufType, plan_gguf, write_gguf
+from kimi_jax.interop.gguf_tokenizer import VOCABULARY_FILES, read_gguf_tokenizer
 from kimi_jax.interop.hf_checkpoint import HfCheckpoint
 from kimi_jax.interop.hf_encode import Encoder, peak_bytes
 from kimi_jax.interop.hf_export import PlannedFile, export_hugging_face, plan_export
 from kimi_jax.interop.hf_names import hf_tensors
-from kimi_jax.quantization.int4 import GROUP_SIZE
 
 _GB = 1e9
-_FORMATS = [form.value for form in FileFormat]
+_GGUF = {f"gguf_{kind.value}": kind for kind in GgufType}
+_FORMATS = [*(form.value for form in FileFormat), *_GGUF]
 
 _INPUT = flags.DEFINE_string("input", None, "folder to convert", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "folder to write; must not exist")
-_FORMAT = flags.DEFINE_enum("format", None, _FORMATS, "of the weights", required=True)
+_FORMAT = flags.DEFINE_enum(
+    "format", None, _FORMATS, "of the weights; gguf_... writes one file", required=True
+)
 _SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "largest size of a safetensors file, in GB")
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "folder whose files go beside the weights; by default those of the input"
@@ -58,30 +62,58 @@ def main() -> None:
     if _PLAN.value:
         Console().print(_plan_table())
         return
-    require(_OUTPUT.value is not None, "--output is missing: name the folder to write")
+    require(_OUTPUT.value is not None, "--output is missing: name what to write")
+    require(
+        not (_VERIFY.value and _FORMAT.value in _GGUF),
+        "--verify reads folders; llama.cpp reads GGUF files",
+    )
     with open_input(_INPUT.value) as given:
+        if _FORMAT.value in _GGUF:
+            _convert_to_gguf(given)
+            return
         encoder = _encoder(given)
         _convert(given, encoder)
         if _VERIFY.value:
             _verify(given, encoder)
 
 
+def _convert_to_gguf(given: Input) -> None:
+    kind = _GGUF[_FORMAT.value]
+    num_bytes = sum(tensor.num_bytes for tensor in plan_gguf(given.source.config, kind))
+    vocabularies = [file for file in _carried(given) if file.name in VOCABULARY_FILES]
+    tokenizer = read_gguf_tokenizer(vocabularies[0]) if vocabularies else None
+    _announce(given, num_bytes, "1 file")
+    if tokenizer is None:
+        Console().print("the file will have no tokenizer, as there is none beside the input")
+    with byte_progress("converting", num_bytes) as progress:
+        write_gguf(
+            _OUTPUT.value,
+            given.source,
+            tokenizer,
+            weight_type=kind,
+            identity=given.identity,
+            progress=progress,
+        )
+
+
+def _announce(given: Input, num_bytes: int, files: str) -> None:
+    Console().print(
+        f"{_INPUT.value} ({given.what}) -> {_OUTPUT.value}: {_FORMAT.value}, {files}, "
+        f"{num_bytes / _GB:,.3f} GB"
+    )
+
+
 def _encoder(given: Input) -> Encoder:
-    group_size = given.source.group_size or GROUP_SIZE
-    return Encoder(given.source, FileFormat(_FORMAT.value), group_size)
+    return Encoder(given.source, FileFormat(_FORMAT.value), given.group_size)
 
 
 def _convert(given: Input, encoder: Encoder) -> None:
     plan = _plan(encoder)
     num_bytes = sum(file.num_bytes for file in plan)
-    console = Console()
-    console.print(
-        f"{_INPUT.value} ({given.what}) -> {_OUTPUT.value}: {_FORMAT.value}, "
-        f"{len(plan)} files, {num_bytes / _GB:,.3f} GB"
-    )
+    _announce(given, num_bytes, f"{len(plan)} file" + "s" * (len(plan) > 1))
     carried = _carried(given)
     if not carried:
-        console.print("no tokenizer lies beside the input; --tokenizer=FOLDER names one")
+        Console().print("no tokenizer lies beside the input; --tokenizer=FOLDER names one")
     with byte_progress("converting", num_bytes) as progress:
         export_hugging_face(
             _OUTPUT.value,
@@ -135,18 +167,21 @@ def _shard_bytes() -> int:
 def _plan_table() -> Table:
     """What a conversion would write; from the configuration alone."""
     config = read_model_config(_INPUT.value)
-    plan = plan_export(config, FileFormat(_FORMAT.value), shard_bytes=_shard_bytes())
-    infos = [info for file in plan for info in file.infos]
+    if _FORMAT.value in _GGUF:
+        planned = plan_gguf(config, _GGUF[_FORMAT.value])
+        sizes = [(tensor.stored.value, tensor.num_bytes) for tensor in planned]
+        files = [sum(size for _, size in sizes)]
+    else:
+        plan = plan_export(config, FileFormat(_FORMAT.value), shard_bytes=_shard_bytes())
+        sizes = [(info.dtype, info.num_bytes) for file in plan for info in file.infos]
+        files = [file.num_bytes for file in plan]
     table = Table("", "tensors", "GB", title=f"{_INPUT.value} as {_FORMAT.value}")
-    by_dtype: dict[str, list[int]] = {}
-    for info in infos:
-        by_dtype.setdefault(info.dtype, []).append(info.num_bytes)
-    for dtype, sizes in by_dtype.items():
-        table.add_row(dtype, f"{len(sizes):,}", f"{sum(sizes) / _GB:,.3f}")
-    total = sum(info.num_bytes for info in infos)
+    for dtype in dict.fromkeys(dtype for dtype, _ in sizes):
+        own = [size for other, size in sizes if other == dtype]
+        table.add_row(dtype, f"{len(own):,}", f"{sum(own) / _GB:,.3f}")
     table.add_section()
-    table.add_row("all", f"{len(infos):,}", f"{total / _GB:,.1f}")
-    table.add_row("files", f"{len(plan):,}", f"at most {max(f.num_bytes for f in plan) / _GB:.2f}")
+    table.add_row("all", f"{len(sizes):,}", f"{sum(files) / _GB:,.1f}")
+    table.add_row("files", f"{len(files):,}", f"at most {max(files) / _GB:,.2f}")
     table.add_row("memory, at most", "", f"{peak_bytes(hf_tensors(config).values()) / _GB:.2f}")
     return table
 

@@ -7,41 +7,35 @@ r"""Shows what a checkpoint holds, how large its values are, and how it differs 
 A checkpoint is a folder of safetensors files, the folder of a run (its newest checkpoint is shown),
 or one that tools/pack_int4.py has written. Tensors whose names differ in numbers only share a line;
 --each gives each its own. Names, shapes and dtypes come from headers alone; --norms and --diff read
-the values, block by block, as they are stored: FP8 without its scales, INT4 as packed codes.
+the values, block by block, as they are stored: FP8 without its scales, INT4 as packed codes. With
+--dequantize they are the model's own values under the published names, in float32, so that FP8 can
+be compared with bfloat16, and a run with a published folder.
 
 The exit code of --diff is 0 if nothing differs, 1 if something does, and 2 for what cannot be read.
 """
 
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Collection, Hashable, Iterable
 from typing import Any
 
 from absl import flags
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from experiments import program
+from kimi_jax.core.byte_progress import byte_progress
 from kimi_jax.core.errors import CheckpointFileError, ConfigError, require
 from kimi_jax.interop import inspection
 from kimi_jax.interop.inspection import Difference, Group, Norms, Tensors
-from kimi_jax.interop.orbax_tensors import METADATA_FILE, OrbaxTensors
 from kimi_jax.interop.safetensors_header import TensorInfo
 from kimi_jax.interop.safetensors_io import SafetensorsFolder
-from kimi_jax.training.checkpoint import CHECKPOINT_FOLDER, STATE_FOLDER
-from kimi_jax.training.packed import WEIGHTS_FOLDER
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder to show", required=True)
 _DIFF = flags.DEFINE_string("diff", None, "folder to compare it with")
@@ -49,6 +43,7 @@ _NORMS = flags.DEFINE_bool("norms", False, "read the values: RMS, largest, how m
 _FILTER = flags.DEFINE_string("filter", None, "regular expression; only names that contain it")
 _EACH = flags.DEFINE_bool("each", False, "a line for each tensor")
 _VALUES = flags.DEFINE_bool("values", True, "with --diff: compare values, not only what is there")
+_DEQUANTIZE = flags.DEFINE_bool("dequantize", False, "values and names of the model, not as stored")
 _PIPED_WIDTH = 200  # of lines that do not go to a terminal
 _DIFFERENT = 1  # exit code
 _THREADS = os.cpu_count() or 1  # NumPy works on several tensors at a time
@@ -61,7 +56,12 @@ def main() -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PIPED_WIDTH)
-    source = open_checkpoint(_CHECKPOINT.value)
+    with contextlib.ExitStack() as stack:
+        _inspect(console, stack)
+
+
+def _inspect(console: Console, stack: contextlib.ExitStack) -> None:
+    source = _open(_CHECKPOINT.value, stack)
     infos = _filtered(source)
     require(
         bool(infos),
@@ -73,28 +73,42 @@ def main() -> None:
         console.print(_tree(infos, norms))
         console.print(f"{_CHECKPOINT.value}: {len(infos):,} tensors, {_size(infos.values())}")
         return
-    other = open_checkpoint(_DIFF.value)
+    other = _open(_DIFF.value, stack)
     if _print_differences(console, source, infos, other, _filtered(other)):
         sys.exit(_DIFFERENT)
 
 
-def open_checkpoint(folder: str) -> Tensors:
+def _open(folder: str, stack: contextlib.ExitStack) -> Tensors:
     """Returns the tensors of a folder, whichever kind it is.
 
     Raises:
       CheckpointFileError: it is of no kind, not complete, or damaged.
     """
     path = pathlib.Path(folder)
-    checkpoints = path / CHECKPOINT_FOLDER
-    if checkpoints.is_dir():
-        # An unfinished one has a longer name.
-        steps = [int(step.name) for step in checkpoints.iterdir() if step.name.isdecimal()]
-        if not steps:
-            raise CheckpointFileError(f"{path}: this run has no checkpoint yet")
-        return OrbaxTensors(checkpoints / str(max(steps)) / STATE_FOLDER)
+    if _DEQUANTIZE.value:
+        from checkpoint_source import open_input  # takes seconds as well
+
+        from kimi_jax.interop.dequantized_tensors import DequantizedTensors
+
+        return DequantizedTensors(stack.enter_context(open_input(folder)).source)
+    is_safetensors = not path.is_dir() or any(path.glob("*.safetensors*"))
+    return stack.enter_context(SafetensorsFolder(path)) if is_safetensors else _open_orbax(path)
+
+
+def _open_orbax(path: pathlib.Path) -> Tensors:
+    """Opens what training has written; imports orbax, which takes seconds, only here."""
+    from kimi_jax.interop.orbax_tensors import OrbaxTensors
+    from kimi_jax.training.checkpoint import newest_state
+    from kimi_jax.training.packed import WEIGHTS_FOLDER
+
     if (path / WEIGHTS_FOLDER).is_dir():
         return OrbaxTensors(path / WEIGHTS_FOLDER)
-    return OrbaxTensors(path) if (path / METADATA_FILE).exists() else SafetensorsFolder(path)
+    state = newest_state(path)
+    if state is None:
+        raise CheckpointFileError(
+            f"{path}: holds no *.safetensors file, no checkpoint of a run and no packed model"
+        )
+    return OrbaxTensors(state)
 
 
 def _filtered(source: Tensors) -> dict[str, TensorInfo]:
@@ -182,18 +196,18 @@ def _distances(
         if not found:
             continue
         differ = f"{len(found):,} of {len(group.names):,}"
-        table.add_row(escape(group.pattern), differ, *_distance_cells(found))
+        table.add_row(escape(group.pattern), differ, *_distance_cells(found, group.names))
     return table
 
 
-def _distance_cells(found: dict[str, Difference]) -> list[str]:
+def _distance_cells(found: dict[str, Difference], names: Collection[str]) -> list[str]:
     """How many values differ in a group, and by how much at most, with names."""
     far = max(found, key=lambda name: found[name].absolute)
     relatively_far = max(found, key=lambda name: found[name].relative)
     return [
         f"{sum(value.num_values for value in found.values()):,}",
-        _at(f"{found[far].absolute:.4g}", far, found),
-        _at(f"{found[relatively_far].relative:.4g}", relatively_far, found),
+        _at(f"{found[far].absolute:.4g}", far, names),
+        _at(f"{found[relatively_far].relative:.4g}", relatively_far, names),
     ]
 
 
@@ -223,20 +237,19 @@ def _measure_all(
     title: str, names: Collection[str], total_bytes: int, measure: Callable[..., Any]
 ) -> dict[str, Any]:
     """Returns `measure(name, advance)` of each name, with a progress bar on the terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    lock, done = threading.Lock(), 0
     with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        byte_progress(title, total_bytes, transient=True) as show,
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
     ):
-        task = bar.add_task(title, total=total_bytes)
-        results = pool.map(lambda name: measure(name, lambda n: bar.advance(task, n)), names)
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            with lock:
+                done += num_bytes
+                show(done)
+
+        results = pool.map(lambda name: measure(name, advance), names)
         return dict(zip(names, results, strict=True))
 
 

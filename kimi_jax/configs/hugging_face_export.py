@@ -9,7 +9,7 @@ from kimi_jax.configs.model import ModelConfig, YarnConfig
 from kimi_jax.core.errors import ConfigError, require
 
 _QUANTIZATION = "quantization_config"
-_TEXT = "text_config"
+TEXT_SECTION = "text_config"  # of models with a vision tower
 _INT4_GROUP_SIZE = 32  # of released checkpoints
 
 # What released files say beside sizes and constants. The model type is that of the same
@@ -89,11 +89,11 @@ def with_quantization(
         raise ConfigError(f"format must be one of {', '.join(known)}, got {file_format!r}")
     section = _quantization(FileFormat(file_format), group_size)
     result = _set_section(fields, section)
-    if _TEXT not in fields:
+    if TEXT_SECTION not in fields:
         return result
     if _QUANTIZATION not in fields:
         result = dict(fields)
-    return {**result, _TEXT: _set_section(fields[_TEXT], section)}
+    return {**result, TEXT_SECTION: _set_section(fields[TEXT_SECTION], section)}
 
 
 def _set_section(fields: Mapping[str, Any], section: dict[str, Any] | None) -> dict[str, Any]:

@@ -15,6 +15,8 @@ class TrainingConfig:
       batch_sequences: sequences of `data.sequence_length` tokens in one optimizer step.
       accumulation_steps: equal micro-batches a step is computed in.
       seed: of initial weights; `data.seed` orders the data.
+      initial_weights: folder of a published checkpoint (config.json, safetensors) of this
+        architecture whose weights the first step starts from; None draws them.
       log_every: steps between two lines of metrics.
       eval_every: steps between two measurements on held-out text; None measures at the end only.
       checkpoint_every: steps between two checkpoints; None saves at the end only.
@@ -26,6 +28,7 @@ class TrainingConfig:
     batch_sequences: int
     accumulation_steps: int = 1
     seed: int = 0
+    initial_weights: str | None = None
     log_every: int = 1
     eval_every: int | None = None
     checkpoint_every: int | None = None

@@ -122,13 +122,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: pathlib.Path) -> None
 def load_bpe(file: pathlib.Path) -> BpeTokenizer:
     """Reads what `train_bpe` wrote."""
     vocab = json.loads(file.read_text())["model"]["vocab"]
-    byte_of = _byte_of_letter()
+    byte_of = byte_of_letter()
     ranks = {bytes(byte_of[letter] for letter in token): i for token, i in vocab.items()}
     specials = {name: len(ranks) + i for i, name in enumerate(BPE_SPECIALS)}
     return BpeTokenizer(ranks, WORD_PATTERN, specials, BPE_SPECIALS)
 
 
-def _byte_of_letter() -> dict[str, int]:
+def byte_of_letter() -> dict[str, int]:
     """The alphabet of byte-level vocabularies: printable Latin-1 stays, others follow at 256."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

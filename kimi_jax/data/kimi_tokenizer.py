@@ -43,8 +43,8 @@ def load_kimi(path: str) -> BpeTokenizer:
       DataError: a file is missing or malformed.
     """
     model, config = kimi_files(path)
-    ranks = _read_ranks(model)
-    return BpeTokenizer(ranks, PATTERN, _read_specials(config, len(ranks)), _ROLES)
+    ranks = read_ranks(model)
+    return BpeTokenizer(ranks, PATTERN, read_specials(config, len(ranks)), _ROLES)
 
 
 def kimi_files(path: str) -> list[pathlib.Path]:
@@ -61,7 +61,8 @@ def _read(file: pathlib.Path) -> bytes:
         raise DataError(f"data.tokenizer.path: cannot read {file}: {error}") from error
 
 
-def _read_ranks(file: pathlib.Path) -> dict[bytes, int]:
+def read_ranks(file: pathlib.Path) -> dict[bytes, int]:
+    """Returns the bytes of each ordinary token to its id, from a tiktoken.model."""
     ranks = {}
     for number, line in enumerate(_read(file).splitlines(), start=1):
         try:
@@ -76,8 +77,13 @@ def _read_ranks(file: pathlib.Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read_specials(file: pathlib.Path, num_ordinary: int) -> dict[str, int]:
-    """Returns name to id of the reserved ids, which follow the ordinary ones."""
+def read_specials(file: pathlib.Path, num_ordinary: int) -> dict[str, int]:
+    """Returns name to id of the reserved ids, which follow the ordinary ones.
+
+    Args:
+      file: the tokenizer_config.json.
+      num_ordinary: how many those are.
+    """
     try:
         listed = json.loads(_read(file))["added_tokens_decoder"]
         names = {int(i): token["content"] for i, token in listed.items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from kimi_jax.core.byte_progress import byte_progress
 from kimi_jax.data.documents import Document
 
 
@@ -15,20 +16,9 @@ def with_progress(
       description: what is being done.
       total_bytes: of all documents, where it is known.
     """
-    from rich import console, progress
-
-    terminal = console.Console(stderr=True)
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(
-        *columns, console=terminal, transient=True, disable=not terminal.is_terminal
-    ) as display:
-        task = display.add_task(description, total=total_bytes)
+    done = 0
+    with byte_progress(description, total_bytes, transient=True) as progress:
         for document in documents:
             yield document
-            display.advance(task, document.num_bytes)
+            done += document.num_bytes
+            progress(done)

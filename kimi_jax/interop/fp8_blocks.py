@@ -7,13 +7,20 @@ smaller. The side is 128 whatever the matrix is: 576 rows are four blocks and a 
 Source: the released checkpoints; arXiv 2412.19437, section 3.3.
 """
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 BLOCK = 128
 CODE = ml_dtypes.float8_e4m3fn
 _LARGEST = 448.0
+_DROPPED_BITS = 20  # of float32's mantissa of 23; 3 are kept
+_EXPONENT_OFFSET = (127 - 7) << 3  # the biases of both formats, above 3 bits of mantissa
+_SMALLEST_NORMAL = 2.0**-6
+_SMALLEST_STEP = 2.0**-9
 _VALUES = np.arange(256, dtype=np.uint8).view(CODE).astype(np.float32)  # of each code
+_SAMPLE = 16  # values of a block that are tried first
 # Codes that can be the largest of a block: one binade of them. A block whose largest code lies
 # lower has the values of another one with a smaller scale.
 _LARGEST_CODES = np.array([448, 416, 384, 352, 320, 288, 256, 240], np.float32)
@@ -61,39 +68,68 @@ def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       Codes [rows, columns], and scales [blocks, blocks] in float32.
     """
-    blocks = _to_blocks(np.asarray(values, np.float32))
-    largest = np.max(np.abs(blocks), axis=(-2, -1))
+    blocks = _to_blocks(np.asarray(values))
+    largest = np.max(np.abs(blocks), axis=(-2, -1)).astype(np.float32)
     scales = np.where(largest > 0, largest / np.float32(_LARGEST), np.float32(1))
-    codes = _codes(blocks, scales)
-    lossy = np.argwhere(np.any(_value(codes, scales) != blocks, axis=(-2, -1)))
-    for i, j in lossy:
-        exact = _exact_scale(blocks[i, j], largest[i, j])
-        if exact is not None:
-            scales[i, j] = exact
-            codes[i, j] = _codes(blocks[i, j], exact)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        codes, exact = (np.array(a) for a in _round_blocks(blocks, scales))
+    codes = codes.view(CODE)
+    lossy = np.argwhere(~exact)
+    candidates = _candidates(blocks[~exact], largest[~exact])
+    for (i, j), possible in zip(lossy, candidates, strict=True):
+        block = blocks[i, j].astype(np.float32)
+        for scale in possible:
+            if np.array_equal(_value(_codes(block, scale), scale), block):
+                scales[i, j] = scale
+                codes[i, j] = _codes(block, scale)
+                break
     return _from_blocks(codes, values.shape), scales
 
 
-def _exact_scale(block: np.ndarray, largest: np.float32) -> np.float32 | None:
-    """Returns a scale with which every value of a block is a code's, if there is one."""
-    scales = largest / _LARGEST_CODES
+@jax.jit
+def _round_blocks(blocks: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the bits of the nearest codes, and which blocks they stand for exactly.
+
+    Written with integers, which is eight times as fast as the conversions of NumPy and XLA.
+    """
+    values = blocks.astype(jnp.float32)
+    quotients = values / scales[..., None, None]
+    magnitude = jnp.minimum(jnp.abs(quotients), _LARGEST)
+    bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
+    half_to_even = (1 << (_DROPPED_BITS - 1)) - 1 + ((bits >> _DROPPED_BITS) & 1)
+    rounded = (bits + half_to_even) >> _DROPPED_BITS
+    # Below the smallest exponent codes are evenly spaced.
+    steps = jnp.round(magnitude / _SMALLEST_STEP)
+    is_normal = magnitude >= _SMALLEST_NORMAL
+    code = jnp.where(is_normal, rounded - _EXPONENT_OFFSET, steps.astype(jnp.int32))
+    nearest = jnp.where(
+        is_normal,
+        jax.lax.bitcast_convert_type(rounded << _DROPPED_BITS, jnp.float32),
+        steps * _SMALLEST_STEP,
+    )
+    is_negative = jnp.signbit(quotients)
+    nearest = jnp.where(is_negative, -nearest, nearest)
+    exact = jnp.all(nearest * scales[..., None, None] == values, axis=(-2, -1))
+    return (code | (is_negative.astype(jnp.int32) << 7)).astype(jnp.uint8), exact
+
+
+def _candidates(blocks: np.ndarray, largest: np.ndarray) -> list[np.ndarray]:
+    """Returns for each block the scales with which some of its values are codes', exactly."""
+    scales = largest / _LARGEST_CODES[:, None]
     # The product of a code and the scale was rounded to the largest value: the quotient may be a
     # neighbour of the scale.
     scales = np.concatenate([scales, np.nextafter(scales, 0), np.nextafter(scales, np.inf)])
-    row = np.broadcast_to(block[:1], (len(scales), 1, block.shape[1]))
-    possible = np.all(_value(_codes(row, scales), scales) == row, axis=(-2, -1))
-    for scale in scales[possible]:
-        if np.array_equal(_value(_codes(block, scale), scale), block):
-            return scale
-    return None
+    sample = blocks[:, :1, :_SAMPLE].astype(np.float32)
+    fits = _value(_codes(sample, scales), scales) == sample
+    return [column[chosen] for column, chosen in zip(scales.T, fits.all((-2, -1)).T, strict=True)]
 
 
-def _codes(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _codes(blocks: np.ndarray, scales: np.ndarray | np.float32) -> np.ndarray:
     quotients = blocks / np.asarray(scales)[..., None, None]
     return np.clip(quotients, -_LARGEST, _LARGEST).astype(CODE)
 
 
-def _value(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def _value(codes: np.ndarray, scales: np.ndarray | np.float32) -> np.ndarray:
     return _VALUES[codes.view(np.uint8)] * np.asarray(scales)[..., None, None]
 
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import numpy as np
+from absl import logging
 
 from kimi_jax.configs.hugging_face import model_config_from_hugging_face
 from kimi_jax.configs.hugging_face_export import FileFormat
@@ -38,6 +39,8 @@ class HfCheckpoint:
     def __init__(self, path: str | os.PathLike) -> None:
         """Opens a folder and accounts for every tensor in it, before the first value is read.
 
+        What is no part of the model is said in the log.
+
         Raises:
           ConfigError: config.json is missing, or describes another kind of model.
           CheckpointFileError: files or tensors are missing, damaged, or too many.
@@ -51,6 +54,10 @@ class HfCheckpoint:
         except CheckpointFileError:
             self.files.close()
             raise
+        for reason, names in self.contents.ignored.items():
+            logging.warning(
+                "%s: %s tensors are left out: %s", path, f"{len(names):,}", reason.value
+            )
 
     def __enter__(self) -> "HfCheckpoint":
         return self

@@ -1,7 +1,6 @@
 """Turns a model's values into what stands in the files of a format, a block of rows at a time."""
 
-import collections
-import concurrent.futures
+import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -10,7 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from kimi_jax.configs.hugging_face_export import FileFormat
+from kimi_jax.core.errors import CheckpointFileError
 from kimi_jax.interop import fp8_blocks, int4_rows
+from kimi_jax.interop.ahead import AHEAD, THREADS, in_order
 from kimi_jax.interop.hf_formats import (
     FP8_SCALE,
     INT4_CODES,
@@ -22,10 +23,8 @@ from kimi_jax.interop.hf_names import HfTensor
 from kimi_jax.interop.tensor_source import TensorSource
 
 BLOCK_BYTES = 16 << 20  # of a block of rows in float32
-THREADS = 2  # that read and convert while one writes
-AHEAD = 4  # blocks that wait to be written
-# What a process needs at most: itself, with JAX; and for each value of a block that is under way its
-# float32, the same once more while it is rounded, what was read and what will be written.
+# What a process needs at most: itself, with JAX; and for each value of a block that is under way
+# its float32, the same once more while it is rounded, what was read and what will be written.
 _PROGRAM_BYTES = 600 << 20
 _BYTES_A_VALUE = 4 * 4
 _IN_ORDER = ("", INT4_CODES)  # suffixes of what is written block by block
@@ -53,49 +52,45 @@ class Encoder(NamedTuple):
         blocks are read and converted meanwhile.
         """
         scales: dict[str, list[np.ndarray]] = {}
-        for tensor, rows, arrays in self._ahead(tensors):
-            for suffix, array in arrays.items():
-                if suffix in _IN_ORDER:
-                    yield tensor.name + suffix, array
-                else:
-                    scales.setdefault(suffix, []).append(array)
-            if rows.stop == tensor.shape[0]:
-                for suffix, pieces in scales.items():
-                    yield tensor.name + suffix, np.concatenate(pieces)
-                scales.clear()
-
-    def _ahead(self, tensors: Iterable[HfTensor]) -> Iterator[tuple[HfTensor, slice, Arrays]]:
-        waiting: collections.deque = collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            try:
-                for tensor in tensors:
-                    for rows in row_blocks(tensor):
-                        waiting.append((tensor, rows, pool.submit(self.encode, tensor, rows)))
-                        if len(waiting) > AHEAD:
-                            yield _result(*waiting.popleft())
-                while waiting:
-                    yield _result(*waiting.popleft())
-            finally:
-                for _, _, future in waiting:
-                    future.cancel()
+        tasks = ((tensor, rows) for tensor in tensors for rows in row_blocks(tensor))
+        with contextlib.closing(in_order(self.encode, tasks)) as blocks:
+            for (tensor, rows), arrays in blocks:
+                for suffix, array in arrays.items():
+                    if suffix in _IN_ORDER:
+                        yield tensor.name + suffix, array
+                    else:
+                        scales.setdefault(suffix, []).append(array)
+                if rows.stop == tensor.shape[0]:
+                    for suffix, pieces in scales.items():
+                        yield tensor.name + suffix, np.concatenate(pieces)
+                    scales.clear()
 
     def encode(self, tensor: HfTensor, rows: slice) -> Arrays:
         """Returns what stands in the files for rows of a tensor; they begin with a block of FP8."""
         name = tensor.name
         match stored_as(tensor, self.form):
             case FileFormat.FP8:
-                codes, scales = fp8_blocks.quantize(self.source.rows(name, rows))
+                codes, scales = fp8_blocks.quantize(self._finite_rows(name, rows))
                 return {"": codes, FP8_SCALE: scales}
             case FileFormat.INT4:
                 packed = self.source.int4_rows(name, rows)
                 if packed is None:
-                    packed = int4_rows.quantize(self.source.rows(name, rows), self.group_size)
+                    packed = int4_rows.quantize(self._finite_rows(name, rows), self.group_size)
                 arrays = dict(zip((INT4_CODES, INT4_SCALE), packed, strict=True))
                 is_last = rows.stop == tensor.shape[0]
                 return arrays | ({INT4_SHAPE: np.array(tensor.shape)} if is_last else {})
             case _:
                 dtype = np.float32 if tensor.is_selection_bias else ml_dtypes.bfloat16
                 return {"": self.source.rows(name, rows).astype(dtype)}
+
+    def _finite_rows(self, name: str, rows: slice) -> np.ndarray:
+        values = self.source.rows(name, rows)
+        if not np.all(np.isfinite(values)):
+            raise CheckpointFileError(
+                f"{name} of the source holds a value that is not finite, which {self.form.value} "
+                "cannot store"
+            )
+        return values
 
 
 def row_blocks(tensor: HfTensor) -> Iterator[slice]:
@@ -113,9 +108,3 @@ def peak_bytes(tensors: Iterable[HfTensor]) -> int:
         rows.stop * math.prod(t.shape[1:]) for t in tensors for rows in [next(row_blocks(t))]
     )
     return _PROGRAM_BYTES + (AHEAD + THREADS + 1) * values * _BYTES_A_VALUE
-
-
-def _result(
-    tensor: HfTensor, rows: slice, future: concurrent.futures.Future
-) -> tuple[HfTensor, slice, Arrays]:
-    return tensor, rows, future.result()

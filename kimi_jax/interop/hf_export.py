@@ -70,20 +70,21 @@ def plan_export(
     Raises:
       ConfigError: a tensor cannot be stored in this format.
     """
-    shards: list[list[HfTensor]] = [[]]
+    shards: list[list[tuple[HfTensor, tuple[TensorInfo, ...]]]] = [[]]
     room = shard_bytes
     for tensor in hf_tensors(config).values():
-        size = sum(info.num_bytes for info in stored_tensors(tensor, form, group_size))
+        infos = stored_tensors(tensor, form, group_size)
+        size = sum(info.num_bytes for info in infos)
         if shards[-1] and size > room:
             shards.append([])
             room = shard_bytes
-        shards[-1].append(tensor)
+        shards[-1].append((tensor, infos))
         room -= size
     files = []
-    for number, tensors in enumerate(shards, start=1):
-        infos = itertools.chain.from_iterable(stored_tensors(t, form, group_size) for t in tensors)
+    for number, shard in enumerate(shards, start=1):
+        tensors, infos = zip(*shard, strict=True)
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        files.append(PlannedFile(name, tuple(tensors), tuple(infos)))
+        files.append(PlannedFile(name, tensors, tuple(itertools.chain.from_iterable(infos))))
     if form is FileFormat.FP8:
         files[-1] = files[-1]._replace(infos=files[-1].infos + rotary_buffers(config))
     return tuple(files)
@@ -131,8 +132,10 @@ def export_hugging_face(
     text = json.dumps(fields, indent=2) + "\n"
     _guarded(partial / CONFIG_FILE, (partial / CONFIG_FILE).write_text, text)
     write_index(partial, {i.name: file.name for file in plan for i in file.infos}, num_bytes)
-    (partial / _PLAN_FILE).unlink()
     _guarded(folder, partial.rename, folder)
+    # After that: a folder that is stopped here is complete, and one that still has its other name
+    # still says what it is.
+    (folder / _PLAN_FILE).unlink()
 
 
 def _from(start: int, progress: Callable[[int], None]) -> Callable[[int], None]:
@@ -151,10 +154,11 @@ def _begin(partial: pathlib.Path, plan: tuple[PlannedFile, ...], facts: list[Any
     """Makes the folder, and returns the files that an earlier call has completed in it."""
     content = [facts, [[file.name, [str(info) for info in file.infos]] for file in plan]]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    text = json.dumps({"fingerprint": fingerprint, "what": facts})
     record = partial / _PLAN_FILE
     if record.exists():
         require(
-            json.loads(record.read_text())["fingerprint"] == fingerprint,
+            record.read_text() == text,
             f"{partial} holds another, unfinished export; remove it, or name another output",
         )
     else:
@@ -163,7 +167,6 @@ def _begin(partial: pathlib.Path, plan: tuple[PlannedFile, ...], facts: list[Any
             f"{partial} holds files that no export left there; remove it, or name another output",
         )
         partial.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"fingerprint": fingerprint, "what": facts})
         _guarded(record, record.write_text, text)
     done = {file.name for file in plan if (partial / file.name).exists()}
     needed = sum(file.num_bytes for file in plan if file.name not in done)

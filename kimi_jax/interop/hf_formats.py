@@ -26,6 +26,7 @@ FP8_SCALE = "_scale_inv"
 INT4_CODES, INT4_SCALE, INT4_SHAPE = "_packed", "_scale", "_shape"
 ROTARY_BUFFER = "rotary_emb.inv_freq"
 TEXT_PREFIX = "language_model."  # of models with a vision tower
+_MTP_INPUT = "eh_proj.weight"  # of no other layer: it joins embedding and hidden state
 _FLOATS = ("BF16", "F32", "F16")
 _MOST_NAMED = 5  # in an error
 
@@ -40,8 +41,14 @@ class Ignored(enum.Enum):
 
 def stored_as(tensor: HfTensor, form: FileFormat) -> FileFormat:
     """Returns how a checkpoint of a format stores one tensor; BF16 is what is not quantised."""
-    quantised = {FileFormat.FP8: tensor.is_linear, FileFormat.INT4: tensor.is_expert}
-    return form if quantised.get(form, False) else FileFormat.BF16
+    match form:
+        case FileFormat.FP8:
+            is_quantised = tensor.is_linear
+        case FileFormat.INT4:
+            is_quantised = tensor.is_expert
+        case _:
+            is_quantised = False
+    return form if is_quantised else FileFormat.BF16
 
 
 def stored_tensors(
@@ -116,10 +123,11 @@ def contents(config: ModelConfig, found: Mapping[str, TensorInfo], where: str) -
         _check(expected, prefix, found, where)
         forms[name] = form
         used.update(prefix + info.name for info in expected)
+    _check_group_sizes(forms, prefix, found, where)
     ignored: dict[Ignored, list[str]] = {}
     extra = []
     for name in found.keys() - used:
-        reason = _reason(name.removeprefix(prefix), config)
+        reason = _reason(name, prefix, config, found)
         ignored.setdefault(reason, []).append(name) if reason else extra.append(name)
     if extra:
         _fail(where, sorted(extra), "belongs to nothing in the model that config.json describes")
@@ -131,6 +139,8 @@ def _form_of(
 ) -> FileFormat:
     name = prefix + tensor.name
     if name + INT4_CODES in found:
+        if not tensor.is_expert:
+            _fail(where, [name], "is in INT4, in which only routed experts may be")
         return FileFormat.INT4
     if name not in found:
         _fail(where, [name], "is missing")
@@ -159,19 +169,36 @@ def _check(
         given = found[name]
         if given.shape != info.shape:
             _fail(where, [name], f"must be {list(info.shape)}, but is {list(given.shape)}")
-        allowed = (info.dtype,) if info.dtype[:1] in ("F", "I") and info.dtype else _FLOATS
+        allowed = (info.dtype,) if info.dtype else _FLOATS
         allowed = ("I64", "I32") if info.name.endswith(INT4_SHAPE) else allowed
         if given.dtype not in allowed:
             _fail(where, [name], f"must be {' or '.join(allowed)}, but is {given.dtype}")
 
 
-def _reason(name: str, config: ModelConfig) -> Ignored | None:
+def _check_group_sizes(
+    forms: Mapping[str, FileFormat], prefix: str, found: Mapping[str, TensorInfo], where: str
+) -> None:
+    """Raises where weights in INT4 have groups of different sizes: a stack of them has one."""
+    sizes: dict[int, str] = {}
+    for name, form in forms.items():
+        if form is FileFormat.INT4:
+            words, scales = (found[prefix + name + part] for part in (INT4_CODES, INT4_SCALE))
+            size = words.shape[1] * CODES_PER_WORD // scales.shape[1]
+            sizes.setdefault(size, prefix + name + INT4_SCALE)
+    if len(sizes) > 1:
+        _fail(where, list(sizes.values()), f"have groups of different sizes: {list(sizes)}")
+
+
+def _reason(
+    name: str, prefix: str, config: ModelConfig, found: Mapping[str, TensorInfo]
+) -> Ignored | None:
+    name = name.removeprefix(prefix)
     if name.startswith(("vision_tower.", "mm_projector.")):
         return Ignored.VISION
     if name.endswith(ROTARY_BUFFER):
         return Ignored.ROTARY_BUFFER
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if layer and int(layer[1]) >= config.num_layers:
+    if layer and int(layer[1]) >= config.num_layers and prefix + layer[0] + _MTP_INPUT in found:
         return Ignored.TOKEN_PREDICTION
     return None
 

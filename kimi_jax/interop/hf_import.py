@@ -1,6 +1,7 @@
 """Reads a published checkpoint onto a mesh; each process reads what its own devices hold."""
 
 import concurrent.futures
+import dataclasses
 import enum
 import itertools
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kimi_jax.configs.hugging_face_export import FileFormat
+from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core import precision
+from kimi_jax.core.errors import require
 from kimi_jax.core.param_spec import ParamSpec, is_spec, map_specs
 from kimi_jax.core.trees import leaf_names
 from kimi_jax.interop.hf_checkpoint import HfCheckpoint
@@ -25,6 +28,7 @@ from kimi_jax.interop.hf_names import (
     row_ranges,
 )
 from kimi_jax.model import transformer
+from kimi_jax.model.router import routed_scaling_factor
 from kimi_jax.parallel import rules
 from kimi_jax.parallel.quantized import storage_layout
 from kimi_jax.quantization.int4 import CODES_PER_WORD, Int4Weight
@@ -41,6 +45,31 @@ class Int4Import(enum.Enum):
 
     DEQUANTIZE = "dequantize"  # float32 masters, which training rounds to the same codes
     KEEP = "keep"  # codes and scales, to compute with as they are
+
+
+def check_architecture(checkpoint: HfCheckpoint, config: ModelConfig) -> None:
+    """Raises `ConfigError` where a checkpoint's architecture is not that of `model`.
+
+    How far a context reaches, and how initial weights are drawn, may differ.
+    """
+    given, wanted = (_architecture(c) for c in (checkpoint.config, config))
+    different = [
+        f"\n  model.{name}: {wanted[name]} here, {given[name]} there"
+        for name in wanted
+        if given[name] != wanted[name]
+    ]
+    require(
+        not different,
+        f"{checkpoint.path} holds a model of another architecture; set model to "
+        "kimi_jax.configs.hugging_face.model_config_from_hugging_face(its config.json):"
+        + "".join(different),
+    )
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    free = {"max_position": 1, "yarn": None, "init_std": 1.0}
+    factor = routed_scaling_factor(config)
+    return dataclasses.asdict(dataclasses.replace(config, routed_scaling_factor=factor, **free))
 
 
 def import_parameters(
@@ -143,12 +172,13 @@ class _Reader:
     ) -> jax.Array:
         """Reads each shard once, and puts it on all devices of this process that hold it."""
         sharding = NamedSharding(self._mesh, layout)
-        holders: dict[Index, list[jax.Device]] = {}
+        holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
-            whole = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))
-            holders.setdefault(whole, []).append(device)
+            bounds = tuple(i.indices(n)[:2] for i, n in zip(index, shape, strict=True))
+            holders.setdefault(bounds, []).append(device)
         arrays = []
-        for index, devices in holders.items():
+        for bounds, devices in holders.items():
+            index = tuple(slice(*ends) for ends in bounds)
             shard = self._shard(path, index, dtype, read_piece)
             arrays += [jax.device_put(shard, device) for device in devices]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

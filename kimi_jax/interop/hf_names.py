@@ -162,7 +162,7 @@ def hf_tensors(config: ModelConfig) -> dict[str, HfTensor]:
 
 def _outside(plan: Any, paths: tuple[str, ...]) -> Iterator[HfTensor]:
     for path in paths:
-        yield _tensor(_OUTSIDE[path], [(path, getattr(plan, path))], ())
+        yield _tensor(_OUTSIDE[path], [(path, getattr(plan, path))])
 
 
 def _layers(plan: Any, path: str, first_layer: int, config: ModelConfig) -> Iterator[HfTensor]:
@@ -173,20 +173,24 @@ def _layers(plan: Any, path: str, first_layer: int, config: ModelConfig) -> Iter
     for name, spec in named_specs(plan):
         members.setdefault(_template(name, spec, config), []).append((f"{path}.{name}", spec))
     num_layers = next(iter(members.values()))[0][1].shape[0]
+    kinds = [_tensor(template, fused) for template, fused in members.items()]
     for layer in range(num_layers):
-        for template, fused in members.items():
-            yield from _layer_tensors(template, fused, layer, first_layer + layer)
+        number = first_layer + layer
+        for kind in kinds:
+            if not kind.is_expert:
+                yield _at(kind, kind.name.format(layer=number), (layer,))
+                continue
+            for expert in range(config.num_routed_experts):
+                yield _at(kind, kind.name.format(layer=number, expert=expert), (layer, expert))
 
 
-def _layer_tensors(
-    template: str, members: list[tuple[str, ParamSpec]], layer: int, number: int
-) -> Iterator[HfTensor]:
-    spec = members[0][1]
-    if ax.EXPERTS not in spec.axes:
-        yield _tensor(template.format(layer=number), members, (layer,))
-        return
-    for expert in range(spec.shape[spec.axes.index(ax.EXPERTS)]):
-        yield _tensor(template.format(layer=number, expert=expert), members, (layer, expert))
+def _at(kind: HfTensor, name: str, index: tuple[int, ...]) -> HfTensor:
+    """Returns the tensor of one layer, or of one of its experts, that is of a kind."""
+    parts = [
+        Part(path=part.path, index=index, spec=part.spec, first_row=part.first_row)
+        for part in kind.parts
+    ]
+    return HfTensor(name=name, shape=kind.shape, parts=tuple(parts))
 
 
 def _template(name: str, spec: ParamSpec, config: ModelConfig) -> str:
@@ -203,11 +207,11 @@ def _template(name: str, spec: ParamSpec, config: ModelConfig) -> str:
     return _LAYER + folder[parents[-1]] + _FEED_FORWARD[leaf]
 
 
-def _tensor(name: str, members: list[tuple[str, ParamSpec]], index: tuple[int, ...]) -> HfTensor:
+def _tensor(name: str, members: list[tuple[str, ParamSpec]]) -> HfTensor:
     """Puts members side by side: their rows, one head after the other."""
     parts, first_row = [], 0
     for path, spec in members:
-        part = Part(path=path, index=index, spec=_unstacked(spec), first_row=first_row)
+        part = Part(path=path, index=(), spec=_unstacked(spec), first_row=first_row)
         parts.append(part)
         first_row += part.width
     rows = parts[0].heads * first_row
@@ -216,7 +220,6 @@ def _tensor(name: str, members: list[tuple[str, ParamSpec]], index: tuple[int, .
     return HfTensor(name=name, shape=shape, parts=tuple(parts))
 
 
-@functools.lru_cache(maxsize=256)
 def _unstacked(spec: ParamSpec) -> ParamSpec:
     kept = [d for d, name in enumerate(spec.axes) if name not in _STACKS]
     return dataclasses.replace(
@@ -288,9 +291,7 @@ def from_published(part: Part, rows: np.ndarray, index: tuple[slice, ...]) -> np
 def to_published(part: Part, values: np.ndarray) -> np.ndarray:
     """Turns a whole parameter into [heads, width, in], or [size]: the rows that it has there."""
     rows = values.transpose((*part.out_dims, *part.in_dims))
-    if not part.in_dims:
-        return rows
-    return rows.reshape(part.heads, part.width, -1)
+    return rows.reshape(part.heads, part.width, -1) if part.in_dims else rows
 
 
 def parts_by_path(config: ModelConfig) -> dict[str, dict[tuple[int, ...], tuple[HfTensor, Part]]]:

@@ -13,7 +13,8 @@ import tensorstore
 from kimi_jax.core.errors import CheckpointFileError
 from kimi_jax.interop.safetensors_header import DTYPES, TensorInfo
 
-METADATA_FILE = "_METADATA"
+_METADATA_FILE = "_METADATA"
+_CACHE_BYTES = 256 << 20  # of decoded chunks
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -35,8 +36,11 @@ class OrbaxTensors:
           CheckpointFileError: there is no complete checkpoint in this folder.
         """
         self.path = pathlib.Path(path).absolute()
-        if not (self.path / METADATA_FILE).is_file():
-            raise CheckpointFileError(f"{self.path}: is no orbax checkpoint: no {METADATA_FILE}")
+        if not (self.path / _METADATA_FILE).is_file():
+            raise CheckpointFileError(f"{self.path}: is no orbax checkpoint: no {_METADATA_FILE}")
+        # A chunk that holds several layers or experts is decoded once for all of them.
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+        self._arrays: dict[str, tensorstore.TensorStore] = {}
         try:
             tree = ocp.PyTreeCheckpointHandler().metadata(self.path).tree
         except (ValueError, KeyError, OSError) as error:
@@ -45,22 +49,30 @@ class OrbaxTensors:
             {leaf.name: self._info(leaf) for leaf in jax.tree.leaves(tree)}
         )
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Reads rows of the first dimension of an array, or all of it.
+    def read(self, name: str, rows: slice | tuple[int, ...] | None = None) -> np.ndarray:
+        """Reads a part of an array.
+
+        Args:
+          name: of the array.
+          rows: which of its first dimension; or the index of a part, one number for each of its
+            leading dimensions; None for all.
 
         Raises:
           CheckpointFileError: a file is missing or damaged.
         """
-        spec = {
-            "driver": "zarr",
-            "kvstore": {"driver": "ocdbt", "base": f"file://{self.path}", "path": f"{name}/"},
-        }
         try:
-            array = tensorstore.open(spec, open=True, read=True).result()
-            return array[... if rows is None else rows].read().result()
+            return self._array(name)[... if rows is None else rows].read().result()
         except (ValueError, OSError) as error:
             message = f"{self.path}: tensor {name} cannot be read: {error}"
             raise CheckpointFileError(message) from error
+
+    def _array(self, name: str) -> tensorstore.TensorStore:
+        if name not in self._arrays:
+            store = {"driver": "ocdbt", "base": f"file://{self.path}", "path": f"{name}/"}
+            spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": False}
+            opened = tensorstore.open(spec, open=True, read=True, context=self._context)
+            self._arrays[name] = opened.result()
+        return self._arrays[name]
 
     def _info(self, leaf: ocp.metadata.ArrayMetadata) -> TensorInfo:
         dtype = np.dtype(leaf.dtype)

@@ -134,8 +134,6 @@ class SafetensorsFolder:
         path = self.path / file
         for slot in read_header(path, self._descriptors[file]):
             name = slot.info.name
-            if name in self._slots:
-                fail(path, name, f"is also in {self._slots[name].file}; remove one of them")
             if index and index.get(name) != file:
                 where = f"says that it is in {index[name]}" if name in index else "does not list it"
                 fail(path, name, f"is in this file, but {INDEX_FILE} {where}")
@@ -196,8 +194,8 @@ class SafetensorsFolder:
 class SafetensorsWriter:
     """Writes one safetensors file, tensor after tensor; a context manager.
 
-    The file appears under its name when it is complete and on the disk, and never otherwise. Put
-    wider dtypes first where sizes are not multiples of 8 bytes: some readers want aligned data.
+    The file appears under its name when it is complete and on the disk, and never otherwise. Until
+    then its name ends in `.partial`.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """A model as published tensors, whatever it is stored in."""
 
+import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ class PackedRows(NamedTuple):
     scales: np.ndarray  # bfloat16 [rows, in / group size]
 
 
+@runtime_checkable  # for the checks of types in tests
 class TensorSource(Protocol):
     """Where a conversion reads from, rows at a time, so that no tensor needs to be held whole."""
 
@@ -63,7 +65,8 @@ class ParameterSource:
         self.config = config
         self._leaves = leaves
         self._tensors = hf_tensors(config)
-        self._fused: tuple[str, np.ndarray] | None = None  # the last one that was put together
+        self._lock = threading.Lock()
+        self._latest: tuple[str, np.ndarray] | None = None  # a tensor that was put together
 
     @classmethod
     def of(cls, params: TransformerParams, config: ModelConfig) -> "ParameterSource":
@@ -79,37 +82,38 @@ class ParameterSource:
         return next(sizes, None)
 
     def rows(self, name: str, rows: slice) -> np.ndarray:
-        """Returns values of rows, in the dtype that the parameter has; bfloat16 from INT4."""
-        tensor = self._tensors[name]
-        if _is_packed(self._leaf(tensor.parts[0])):
-            return int4_rows.dequantize(*self.int4_rows(name, rows))
-        if len(tensor.parts) == 1:
-            return self._published(tensor.parts[0])[rows]
-        fused = self._fused  # read once: several threads ask
-        if fused is None or fused[0] != name:
-            fused = self._fused = name, self._put_together(tensor)
-        return fused[1][rows]
+        """Returns values of rows, in the dtype that the parameter has; bfloat16 from INT4.
+
+        The whole tensor is put together once, and kept until another one is asked for.
+        """
+        with self._lock:  # several threads ask for rows of the same tensor
+            latest = self._latest
+            if latest is None or latest[0] != name:
+                self._latest = None  # so that two are never held
+                latest = self._latest = name, self._put_together(self._tensors[name])
+        return latest[1][rows]
 
     def int4_rows(self, name: str, rows: slice) -> PackedRows | None:
         """Returns codes and scales of a packed model's weights."""
-        part = self._tensors[name].parts[0]
-        leaf = self._leaf(part)
-        if not _is_packed(leaf):
+        part, *others = self._tensors[name].parts
+        leaf = self._leaves[part.path]
+        if others or not _is_packed(leaf):
             return None
         # Words and scales are laid out as the weight is: outputs last.
         packed = _values(leaf.codes, part.index).T[rows]
         return PackedRows(packed, _values(leaf.scales, part.index).T[rows])
 
-    def _leaf(self, part: Part) -> Any:
-        return self._leaves[part.path]
-
-    def _published(self, part: Part) -> np.ndarray:
-        rows = to_published(part, _values(self._leaf(part), part.index))
-        return rows.reshape(-1, rows.shape[-1]) if part.in_dims else rows
-
     def _put_together(self, tensor: HfTensor) -> np.ndarray:
-        parts = [to_published(p, _values(self._leaf(p), p.index)) for p in tensor.parts]
-        return np.concatenate(parts, axis=1).reshape(tensor.shape)
+        parts = [to_published(part, self._values(part)) for part in tensor.parts]
+        joined = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        return joined.reshape(tensor.shape)
+
+    def _values(self, part: Part) -> np.ndarray:
+        leaf = self._leaves[part.path]
+        if not _is_packed(leaf):
+            return _values(leaf, part.index)
+        codes, scales = (_values(array, part.index).T for array in (leaf.codes, leaf.scales))
+        return int4_rows.dequantize(codes, scales).T
 
 
 def _is_packed(node: Any) -> bool:

@@ -1,5 +1,6 @@
 """Holds what was written against what it was made from."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from kimi_jax.configs.compute import ComputeConfig, ComputeDtype
 from kimi_jax.configs.parallel import ParallelConfig
+from kimi_jax.configs.quantization import QuantizationConfig
 from kimi_jax.core.errors import CheckpointFileError
 from kimi_jax.core.param_spec import ParamSpec, count_parameters, is_spec, map_specs
 from kimi_jax.core.trees import leaf_names
@@ -24,6 +26,8 @@ from kimi_jax.parallel.placement import abstract_parameters
 
 MOST_PARAMETERS = 200_000_000  # of models whose logits are compared
 LENGTH = 64  # positions
+# The program runs once for each model, and takes longer to optimise than to run.
+_QUICK = {"xla_backend_optimization_level": 0}
 
 
 def verify_bytes(
@@ -113,16 +117,14 @@ def parameters(source: TensorSource, mesh: Mesh) -> transformer.TransformerParam
 
 
 def _logits(source: TensorSource, tokens: jax.Array) -> np.ndarray:
-    config = source.config
-    options = {"config": config, "choices": ComputeConfig(dtype=ComputeDtype.FLOAT32)}
-    mesh = meshes.make_mesh(ParallelConfig(data=1, expert=1), config.num_routed_experts)
+    run = functools.partial(
+        transformer.run,
+        config=source.config,
+        choices=ComputeConfig(dtype=ComputeDtype.FLOAT32),
+        quantization=QuantizationConfig(),
+    )
+    mesh = meshes.make_mesh(ParallelConfig(data=1, expert=1), source.config.num_routed_experts)
     with jax.set_mesh(mesh):
-
-        @jax.jit
-        def run(params, tokens):
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            segments = jnp.ones_like(tokens)
-            hidden, _ = transformer.forward(params, tokens, positions, segments, **options)
-            return transformer.logits(params, hidden, **options)
-
-        return np.asarray(run(parameters(source, mesh), tokens))
+        return np.asarray(
+            jax.jit(run, compiler_options=_QUICK)(parameters(source, mesh), tokens)[0]
+        )

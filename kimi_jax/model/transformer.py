@@ -257,3 +257,37 @@ def logits(
     """Returns hidden W_head in float32, the vocabulary split over the tensor axis."""
     head = to_compute(params.head, specs(config).head, choices.dtype.value)
     return project("btd,dv->btv", hidden, head, jnp.float32)
+
+
+def run(
+    params: TransformerParams,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    *,
+    config: ModelConfig,
+    choices: ComputeConfig,
+    quantization: QuantizationConfig,
+) -> tuple[Float[Array, "B T V"], ModelStats]:
+    """Runs stored parameters on whole sequences, without a cache.
+
+    Args:
+      params: in storage layout; quantised weights may stand for some.
+      tokens: ids in [0, V); B a multiple of the parts into which the mesh splits sequences.
+      positions: index of each token within its document; None counts from a row's start.
+      segments: document number of each token; None makes each row one document.
+      config: the architecture.
+      choices: how to compute it.
+      quantization: what is rounded.
+
+    Returns:
+      Logits in float32, the vocabulary split over the tensor axis, and the statistics.
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segments is None:
+        segments = jnp.ones_like(tokens)
+    options = {"config": config, "choices": choices}
+    ready = prepare(params, quantization=quantization, **options)
+    hidden, stats = forward(ready, tokens, positions, segments, **options)
+    return logits(ready, hidden, **options), stats

@@ -15,6 +15,7 @@ from kimi_jax.training.state import TrainState
 CHECKPOINT_FOLDER = "checkpoints"
 STATE_FOLDER = "state"  # in the folder of a step
 _DATA = "data"
+_CHUNK_BYTES = 16 << 20
 _MOST_DIFFERENCES = 10  # named in an error
 
 
@@ -60,7 +61,8 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_cursor)
+                state=ocp.args.StandardSave(state, save_args=chunks(state)),
+                data=ocp.args.JsonSave(data_cursor),
             ),
         )
 
@@ -91,6 +93,24 @@ class Checkpointer:
             ),
         )
         return restored[STATE_FOLDER], restored[_DATA]
+
+
+def newest_state(workdir: str | os.PathLike) -> pathlib.Path | None:
+    """Returns the folder of the newest complete state of a run, its parent named by the step."""
+    found = pathlib.Path(workdir).glob(f"{CHECKPOINT_FOLDER}/*/{STATE_FOLDER}")
+    # A checkpoint that is being written has a longer name.
+    complete = [state for state in found if state.parent.name.isdecimal()]
+    return max(complete, key=lambda state: int(state.parent.name), default=None)
+
+
+def chunks(tree: Any) -> Any:
+    """Has layers and experts stored apart, so that one can be read without the others."""
+
+    def of_leaf(leaf: jax.Array) -> ocp.SaveArgs:
+        stacked = tuple(range(leaf.ndim - 2))
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES if stacked else None, shard_axes=stacked)
+
+    return jax.tree.map(of_leaf, tree)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,6 @@ from kimi_jax.core.errors import TrainingInterruptedError
 from kimi_jax.data.corpus import Corpus
 from kimi_jax.data.device_feed import DeviceFeed, open_feed
 from kimi_jax.model import transformer
-from kimi_jax.parallel import mesh as meshes
 from kimi_jax.parallel.rules import TOKENS
 from kimi_jax.training import faults
 from kimi_jax.training import workdir as workdirs
@@ -35,6 +34,7 @@ def train(
     *,
     mesh: jax.sharding.Mesh,
     evaluate: Evaluation | None,
+    read_weights: Callable[[], transformer.TransformerParams] | None = None,
     resume: bool = True,
 ) -> TrainState:
     """Trains until `training.num_steps`, from the newest checkpoint in `workdir`, if any.
@@ -45,6 +45,7 @@ def train(
       corpus: the opened `config.data`.
       mesh: the devices; current (`jax.set_mesh`) while this runs.
       evaluate: measures parameters on held-out text; None where none is held out.
+      read_weights: returns what step 0 starts from; None draws it.
       resume: False refuses a folder that holds a run.
 
     Returns:
@@ -56,7 +57,6 @@ def train(
       TrainingInterruptedError: the process was asked to stop; a checkpoint of the last step is
         written.
     """
-    meshes.check_batch(mesh, config.training.batch_sequences, config.training.accumulation_steps)
     plan = transformer.specs(config.model)
     workdir = workdirs.claim(workdir, config, resume=resume)
     every, num_steps = config.training, config.training.num_steps
@@ -67,7 +67,7 @@ def train(
         train_step = compile_phases(config, plan, mesh, first_step=first_step)
         layout = jax.NamedSharding(mesh, TOKENS)
         feed = enter(closing(open_feed(corpus, config.data, every.batch_sequences, layout)))
-        state = _resume_or_start(config, plan, mesh, checkpoints, feed)
+        state = _resume_or_start(config, plan, mesh, checkpoints, feed, read_weights)
         log = enter(MetricLog(workdir, from_step=first_step, lines_every=every.log_every))
         progress = enter(Progress(num_steps))
         stop, throughput = enter(faults.StopRequest(mesh)), Throughput(config)
@@ -95,11 +95,12 @@ def _resume_or_start(
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpointer,
     feed: DeviceFeed,
+    read_weights: Callable[[], transformer.TransformerParams] | None,
 ) -> TrainState:
     """Restores the newest checkpoint and the data cursor, or creates the state of step 0."""
     transformation = make_optimizer(config, plan)
     if checkpoints.latest_step is None:
-        return initial_state(config, plan, transformation)
+        return initial_state(config, plan, transformation, read_weights and read_weights())
     like = abstract_state(config, plan, transformation, mesh)
     state, cursor = checkpoints.restore(like)
     feed.set_state(cursor)

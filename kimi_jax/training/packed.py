@@ -12,7 +12,6 @@ import os
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
@@ -26,6 +25,7 @@ from kimi_jax.parallel.mesh import sequence_shards
 from kimi_jax.parallel.multihost import is_first
 from kimi_jax.parallel.placement import abstract_parameters, cast
 from kimi_jax.quantization import qat
+from kimi_jax.training.checkpoint import chunks
 from kimi_jax.training.workdir import CONFIG_FILE, read_config
 
 WEIGHTS_FOLDER = "weights"
@@ -66,7 +66,7 @@ def save_packed(
     require(not folder.exists(), f"{folder} exists; name a folder that does not")
     packed = jax.jit(functools.partial(pack, config=config))(params)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / WEIGHTS_FOLDER, packed)
+        checkpointer.save(folder / WEIGHTS_FOLDER, packed, save_args=chunks(packed))
     if is_first():
         text = json.dumps(convert.to_json_dict(config), indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n")
@@ -114,13 +114,10 @@ def random_logits(
     """
     rows = sequence_shards(jax.sharding.get_abstract_mesh())
     tokens = jax.random.randint(jax.random.key(seed), (rows, length), 0, config.model.vocab_size)
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    options = {"config": config.model, "choices": config.compute}
-
-    @jax.jit
-    def run(params, tokens, positions):
-        ready = transformer.prepare(params, quantization=config.quantization, **options)
-        hidden, _ = transformer.forward(ready, tokens, positions, jnp.ones_like(tokens), **options)
-        return transformer.logits(ready, hidden, **options)
-
-    return run(params, tokens, positions)
+    run = functools.partial(
+        transformer.run,
+        config=config.model,
+        choices=config.compute,
+        quantization=config.quantization,
+    )
+    return jax.jit(run)(params, tokens)[0]

@@ -27,13 +27,24 @@ class TrainState:
 
 
 def initial_state(
-    config: ExperimentConfig, plan: Any, transformation: optax.GradientTransformation
+    config: ExperimentConfig,
+    plan: Any,
+    transformation: optax.GradientTransformation,
+    params: Any = None,
 ) -> TrainState:
-    """Creates the state of step 0, each leaf directly in its layout. One compiled program."""
+    """Creates the state of step 0, each leaf directly in its layout. One compiled program.
+
+    Args:
+      config: the run.
+      plan: specs of the parameters.
+      transformation: the optimizer.
+      params: what to start from, in storage layout, which are used up; None draws them.
+    """
     create = functools.partial(_create, config=config, plan=plan, transformation=transformation)
     # The program runs once, and on a CPU it takes longer to optimise than to run.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return jax.jit(create, compiler_options=options)(_root_key(config))
+    program = jax.jit(create, compiler_options=options, donate_argnames="params")
+    return program(_root_key(config), params=params)
 
 
 def _root_key(config: ExperimentConfig) -> jax.Array:
@@ -42,12 +53,14 @@ def _root_key(config: ExperimentConfig) -> jax.Array:
 
 def _create(
     rng: jax.Array,
+    params: Any = None,
     *,
     config: ExperimentConfig,
     plan: Any,
     transformation: optax.GradientTransformation,
 ) -> TrainState:
-    params = initialize(jax.random.wrap_key_data(rng), plan)
+    if params is None:
+        params = initialize(jax.random.wrap_key_data(rng), plan)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

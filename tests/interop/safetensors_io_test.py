@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -146,6 +147,29 @@ class ReadTest(FolderTestCase):
                 read = folder.read("w", slice(2, 699), columns)
                 np.testing.assert_array_equal(read, array[2:699, columns])
 
+    def test_of_wide_rows_only_the_columns_are_read(self):
+        _save(self.folder / SINGLE_FILE, {"w": ("U8", _values("U8", 20, 5000))})
+        asked, preadv = [], os.preadv
+
+        def count(descriptor, buffers, offset):
+            asked.extend(len(buffer) for buffer in buffers)
+            return preadv(descriptor, buffers, offset)
+
+        with (
+            mock.patch.object(os, "preadv", count),
+            SafetensorsFolder(self.folder) as folder,
+        ):
+            folder.read("w", columns=slice(10, 60))
+        self.assertEqual(sum(asked), 20 * 50)
+
+    def test_the_order_of_the_header_need_not_be_that_of_the_data(self):
+        header = {"b": _entry(8, 16), "a": _entry(0, 8)}
+        data = np.arange(4, dtype=np.float32)
+        _write_raw(self.folder / SINGLE_FILE, header, data.tobytes())
+        with SafetensorsFolder(self.folder) as folder:
+            self.assertEqual(list(folder.tensors), ["a", "b"])
+            np.testing.assert_array_equal(folder.read("b"), data[2:])
+
     def test_scalars_and_empty_tensors_are_read(self):
         tensors = {
             "scalar": ("F32", np.array(3.0, np.float32)),
@@ -249,7 +273,11 @@ class DamagedFolderTest(FolderTestCase):
         ("a_tensor_that_is_not_there", {"d": _FIRST}, (_FIRST, "tensor d", "not in this file")),
         ("another_file_for_a_tensor", {"b": _SECOND}, (_FIRST, "tensor b", f"in {_SECOND}")),
         ("too_few_tensors", {"b": None}, (_FIRST, "tensor b", "does not list it")),
-        ("a_file_outside", {"b": "../x.safetensors"}, (INDEX_FILE, "tensor b", "../x")),
+        (
+            "a_file_outside",
+            {"b": "../x.safetensors"},
+            (INDEX_FILE, "tensor b", "'../x.safetensors', which is no name"),
+        ),
     )
     def test_an_index_that_lists(self, change, words):
         files = _make_sharded(self.folder) | change
@@ -413,7 +441,7 @@ import numpy as np
 from kimi_jax.core.errors import CheckpointFileError
 from kimi_jax.interop import safetensors_io as io
 folder, limit = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 infos = [io.TensorInfo(name, "F32", (64, 256)) for name in ("first", "second")]
 try:
     with io.SafetensorsWriter(folder / io.SINGLE_FILE, infos, {}) as writer:
@@ -444,6 +472,30 @@ class FullDiskTest(FolderTestCase):
         self.assertIn("File too large", result.stdout)
         complete = [SINGLE_FILE] if INDEX_FILE in message else []
         self.assertEqual([path.name for path in self.folder.iterdir()], complete)
+
+    def test_a_file_with_a_hole_is_not_made_by_who_goes_on_when_there_is_space_again(self):
+        program = """
+import contextlib, pathlib, resource, sys
+import numpy as np
+from kimi_jax.core.errors import CheckpointFileError
+from kimi_jax.interop.safetensors_io import SafetensorsWriter, TensorInfo
+path, rows = pathlib.Path(sys.argv[1]), np.ones((4, 1000), np.float32)
+unlimited = resource.RLIM_INFINITY
+try:
+    with SafetensorsWriter(path, [TensorInfo("w", "F32", (8, 1000))], {}) as writer:
+        writer.write("w", rows)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited))
+        with contextlib.suppress(CheckpointFileError):
+            writer.write("w", rows)  # a part of it is written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+        writer.write("w", rows)
+except CheckpointFileError as error:
+    print(error)
+"""
+        command = [sys.executable, "-c", program, self.folder / SINGLE_FILE]
+        result = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
+        self.assertIn(f"{SINGLE_FILE}: tensor w cannot be written", result.stdout)
+        self.assertEmpty(list(self.folder.iterdir()))
 
 
 class DtypesTest(absltest.TestCase):

@@ -1,0 +1,56 @@
+import pathlib
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from absl.testing import absltest
+
+from kimi_jax.interop import int4_rows
+from kimi_jax.quantization import int4
+from kimi_jax.quantization.compressed_tensors import PackedLinear, from_compressed_tensors
+from tests.support import families
+
+_GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "int4" / "compressed_tensors.npz"
+
+
+class Int4RowsTest(absltest.TestCase):
+    def test_words_scales_and_values_are_those_of_the_compressed_tensors_library(self):
+        with np.load(_GOLDEN) as golden:
+            packed, scales = int4_rows.quantize(golden["weight"])
+            np.testing.assert_array_equal(packed, golden["weight_packed"])
+            np.testing.assert_array_equal(scales.astype(np.float32), golden["weight_scale"])
+            self.assertEqual((packed.dtype, scales.dtype), (np.int32, ml_dtypes.bfloat16))
+            values = int4_rows.dequantize(packed, scales)
+            self.assertEqual(values.dtype, ml_dtypes.bfloat16)
+            np.testing.assert_array_equal(values.astype(np.float32), golden["values"])
+
+    def test_any_codes_and_scales_are_read_as_by_loops_and_as_on_a_device(self):
+        packed, scales = families.random_int4((5, 96), np.random.default_rng(0))
+        found = int4_rows.dequantize(packed, scales).astype(np.float32)
+        np.testing.assert_array_equal(found, families.int4_values(packed, scales))
+        weight = from_compressed_tensors(PackedLinear(packed, scales, np.array([5, 96])))
+        on_device = int4.dequantize(weight, jnp.bfloat16).astype(jnp.float32)
+        np.testing.assert_array_equal(found, on_device.T)
+
+    def test_codes_are_minus_8_to_7_the_first_in_the_lowest_nibble(self):
+        words = np.array([[0x76543210, -0x01234568]], np.int32)  # 0xFEDCBA98
+        np.testing.assert_array_equal(int4_rows.codes(words), [np.arange(16) - 8])
+
+    def test_words_that_are_not_contiguous_are_read(self):
+        packed, scales = families.random_int4((64, 64), np.random.default_rng(0))
+        expected = int4_rows.codes(packed)
+        np.testing.assert_array_equal(int4_rows.codes(packed.T.copy().T), expected)
+
+    def test_what_rounding_gave_is_rounded_to_itself(self):
+        packed, scales = families.rounded_int4((40, 64), np.random.default_rng(0))
+        again = int4_rows.quantize(int4_rows.dequantize(packed, scales))
+        np.testing.assert_array_equal(again[0], packed)
+        np.testing.assert_array_equal(again[1], scales)
+
+    def test_groups_that_do_not_divide_the_inputs_raise(self):
+        with self.assertRaisesRegex(ValueError, "groups of 32 do not divide 40"):
+            int4_rows.quantize(np.ones((2, 40), np.float32))
+
+
+if __name__ == "__main__":
+    absltest.main()
