@@ -134,6 +134,9 @@ class DataConfig:
         never sees; 0 holds out none, and there is no evaluation.
       held_out_max_bytes: how much held-out text of each source is measured, so that evaluation
         stays affordable; what is beyond it is still not trained on.
+      train_max_bytes: how much text of each source is trained on, over and over: pages of 4 T
+        characters that a hash chooses, so that little text comes of many documents and a long one
+        does not fill it; at least one page. None takes all. A BPE is trained on all in any case.
       cache_dir: folder of tokenised corpora and trained tokenizers; None takes `kimi_jax` in the
         user's cache folder.
       num_threads: threads that prepare batches ahead, in each process; 0 prepares none ahead.
@@ -150,6 +153,7 @@ class DataConfig:
     seed: int = 0
     held_out_fraction: float = 0.02
     held_out_max_bytes: int = 256 * 1024
+    train_max_bytes: int | None = None
     cache_dir: str | None = None
     num_threads: int = 2
     num_workers: int = 0
@@ -158,7 +162,8 @@ class DataConfig:
     def __post_init__(self):
         check_fields(self, "data")
         object.__setattr__(self, "sources", types.MappingProxyType(dict(self.sources)))
-        require_positive(self, "data", "sequence_length", "held_out_max_bytes", "prefetch")
+        limits = ("held_out_max_bytes", "train_max_bytes")
+        require_positive(self, "data", "sequence_length", *limits, "prefetch")
         for name in ("seed", "num_threads", "num_workers"):
             value = getattr(self, name)
             require(value >= 0, f"data.{name} must not be negative, got {value}")

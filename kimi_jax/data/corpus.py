@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from kimi_jax.configs.data import DataConfig, SourceConfig, TokenizerKind
 from kimi_jax.core.errors import DataError
 from kimi_jax.data.bpe_tokenizer import load_bpe, train_bpe
 from kimi_jax.data.cache import cache_root, cached_folder, file_facts, fingerprint
-from kimi_jax.data.documents import Document
+from kimi_jax.data.documents import Document, pages
 from kimi_jax.data.file_tokenizer import FileTokenizer
 from kimi_jax.data.held_out import HashSample, is_held_out
 from kimi_jax.data.kimi_tokenizer import kimi_files, load_kimi
@@ -20,6 +20,8 @@ from kimi_jax.data.tokenizer import ByteTokenizer, Tokenizer
 _FORMAT = 2  # of everything in the cache; a change makes all of it anew
 _MEASURED_SALT = b"measured"
 _BPE_SALT = b"bpe sample"
+_TRAINED_SALT = b"trained on"
+_CHARACTERS_PER_TOKEN = 4  # of a trained vocabulary, in English
 _BPE_SAMPLE_BYTES = 8 << 20
 _BPE_SAMPLE_CHARACTERS = 256 << 10  # of one document, so that no single one fills the sample
 
@@ -149,6 +151,8 @@ def _open_source(
         *("tokens", _FORMAT, _source_facts(source, option), tokenizer.fingerprint),
         *(config.held_out_fraction, config.held_out_max_bytes),
     ]
+    if config.train_max_bytes is not None:
+        facts += ["train_max_bytes", config.train_max_bytes, _page_characters(config)]
 
     def fill(folder: pathlib.Path) -> None:
         measured = HashSample(config.held_out_max_bytes, _MEASURED_SALT)
@@ -160,7 +164,7 @@ def _open_source(
                 else:
                     yield document
 
-        documents = with_progress(training_documents(), f"tokenising {option}")
+        documents = _limit(with_progress(training_documents(), f"tokenising {option}"), config)
         write_token_store(folder / "train", documents, tokenizer)
         if not TokenStore(folder / "train").num_documents:
             raise DataError(
@@ -178,3 +182,22 @@ def _open_source(
         held_out=TokenStore(folder / "held_out"),
         held_out_text=folder / "held_out_text",
     )
+
+
+def _limit(documents: Iterable[Document], config: DataConfig) -> Iterable[Document]:
+    """Returns the documents, or pages of them that a hash chooses, as many as may be trained on.
+
+    A row is all that a model reads of a document at once. So pages of about a row lose nothing, and
+    make little text as varied as it can be: a few whole documents repeat themselves.
+    """
+    if config.train_max_bytes is None:
+        return documents
+    sample = HashSample(config.train_max_bytes, _TRAINED_SALT)
+    for document in documents:
+        for page in pages(document, _page_characters(config)):
+            sample.offer(page)
+    return sample.documents()
+
+
+def _page_characters(config: DataConfig) -> int:
+    return _CHARACTERS_PER_TOKEN * config.sequence_length

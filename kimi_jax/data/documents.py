@@ -1,5 +1,6 @@
 """A document: the unit that is held out, ordered, and never attended across."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -15,3 +16,10 @@ class Document(NamedTuple):
     name: str
     text: str
     num_bytes: int
+
+
+def pages(document: Document, characters: int) -> Iterator[Document]:
+    """Cuts a document into pages of `characters` each, the last one shorter; named name#page."""
+    for page, begin in enumerate(range(0, len(document.text), characters)):
+        text = document.text[begin : begin + characters]
+        yield Document(f"{document.name}#{page}", text, len(text.encode()))

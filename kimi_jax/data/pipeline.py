@@ -63,9 +63,9 @@ class BatchIterator:
         if state["stream"] != self._stream:
             raise DataError(
                 "the saved position belongs to other batches: the corpus, data.tokenizer, "
-                "data.sources, data.sequence_length, data.seed, data.held_out_fraction or "
-                "training.batch_sequences differs from the run that saved it; restore them, or "
-                "start in a new work directory"
+                "data.sources, data.sequence_length, data.seed, data.held_out_fraction, "
+                "data.train_max_bytes or training.batch_sequences differs from the run that saved "
+                "it; restore them, or start in a new work directory"
             )
         if state["step"] != self._step:
             self.close()

@@ -40,6 +40,7 @@ class DataConfigTest(parameterized.TestCase):
         ({"seed": -1}, "data.seed"),
         ({"held_out_fraction": 1.0}, "data.held_out_fraction"),
         ({"held_out_max_bytes": 0}, "data.held_out_max_bytes"),
+        ({"train_max_bytes": 0}, "data.train_max_bytes"),
         ({"num_workers": -1}, "data.num_workers"),
         ({"prefetch": 0}, "data.prefetch"),
         ({"sources": {}}, "data.sources"),

@@ -15,6 +15,7 @@ from kimi_jax.configs.data import (
     TokenizerKind,
 )
 from kimi_jax.core.errors import DataError
+from kimi_jax.data import cache
 from kimi_jax.data import corpus as corpus_lib
 from kimi_jax.data.corpus import open_corpus
 from kimi_jax.data.held_out import is_held_out
@@ -67,6 +68,56 @@ class CorpusTest(absltest.TestCase):
         self.assertLessEqual(limited.held_out.num_bytes, 900)
         self.assertLess(limited.held_out.num_bytes, everything.held_out.num_bytes)
         self.assertEqual(limited.train.content, everything.train.content)
+
+    def open_limited(self, limit):
+        """Returns the source trained on whole and with a limit, and the texts of both."""
+        whole, limited = (
+            open_corpus(self.make_config(train_max_bytes=most)) for most in (None, limit)
+        )
+        sources = whole.sources["mine"], limited.sources["mine"]
+        return *sources, *(texts_of(whole, source.train) for source in sources)
+
+    def test_limited_training_text_is_pages_of_many_training_documents(self):
+        for i in range(20):  # each of them longer than the limit
+            lines = "".join(f"line {line} of the long document {i}\n" for line in range(1500))
+            (self.folder / f"long {i}.txt").write_text(lines)
+        _, limited, documents, pages = self.open_limited(20_000)
+        self.assertBetween(limited.train.num_bytes, 20_000 - 128, 20_000)
+        found = [[n for n, text in enumerate(documents) if page in text] for page in pages]
+        self.assertTrue(all(found))
+        self.assertGreater(len({n for numbers in found for n in numbers}), 15)
+        *_, more = self.open_limited(40_000)
+        self.assertContainsSubset(pages, more)
+
+    def test_limit_of_training_text_leaves_the_held_out_text_alone(self):
+        whole, limited, *_ = self.open_limited(1000)
+        self.assertLess(limited.train.num_bytes, 1000)
+        self.assertEqual(limited.held_out.content, whole.held_out.content)
+
+    def test_limit_below_a_page_of_training_text_takes_one(self):
+        *_, documents, pages = self.open_limited(1)
+        self.assertLen(pages, 1)
+        self.assertTrue(any(pages[0] in text for text in documents))
+
+    def test_limit_beyond_the_training_text_takes_all(self):
+        whole, limited, documents, pages = self.open_limited(1 << 20)
+        self.assertEqual(limited.train.num_bytes, whole.train.num_bytes)
+        cut = [text[i : i + 4 * 32] for text in documents for i in range(0, len(text), 4 * 32)]
+        self.assertCountEqual(pages, cut)
+
+    def test_limit_of_training_text_adds_to_the_name_in_the_cache_and_changes_no_other(self):
+        facts = []
+
+        def spy(given):
+            facts.append(given)
+            return cache.fingerprint(given)
+
+        with mock.patch.object(corpus_lib, "fingerprint", spy):
+            self.open_limited(1000)
+        without, limited = facts
+        self.assertLen(without, 6)  # as before there was a limit
+        self.assertEqual(limited[:6], without)
+        self.assertEqual(limited[6:], ["train_max_bytes", 1000, 4 * 32])
 
     def test_held_out_text_is_that_of_the_held_out_tokens(self):
         corpus = open_corpus(self.make_config())
