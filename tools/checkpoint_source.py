@@ -3,17 +3,19 @@
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from kimi_jax.configs.experiment import ExperimentConfig
 from kimi_jax.configs.hugging_face import model_config_from_hugging_face
-from kimi_jax.configs.hugging_face_export import TEXT_SECTION, to_hugging_face
+from kimi_jax.configs.hugging_face_export import TEXT_SECTION, int4_group_size, to_hugging_face
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core.errors import CheckpointFileError
 from kimi_jax.data.corpus import open_tokenizer, tokenizer_files
 from kimi_jax.interop.hf_checkpoint import CONFIG_FILE, HfCheckpoint
+from kimi_jax.interop.hf_names import hf_tensors
 from kimi_jax.interop.stored_parameters import stored_parameters
 from kimi_jax.interop.tensor_source import TensorSource
 from kimi_jax.model.router import routed_scaling_factor
@@ -22,6 +24,7 @@ from kimi_jax.training import workdir
 from kimi_jax.training.checkpoint import CHECKPOINT_FOLDER, newest_state
 from kimi_jax.training.packed import WEIGHTS_FOLDER
 
+_MASTER_BYTES = 4  # of a value of a run's parameters
 # What is not carried from one published folder to another: it is written anew, or holds weights.
 _NOT_CARRIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
@@ -77,12 +80,31 @@ def open_input(path: str) -> Iterator[Input]:
         )
 
 
-def read_model_config(path: str) -> ModelConfig:
-    """Returns the architecture of an input, which needs no weights."""
+class Description(NamedTuple):
+    """What is known of an input without its weights.
+
+    Attributes:
+      config: the architecture.
+      group_size: of INT4.
+      held_bytes: what reading it holds in memory beside blocks of rows.
+    """
+
+    config: ModelConfig
+    group_size: int
+    held_bytes: int
+
+
+def describe(path: str) -> Description:
+    """Describes an input by its configuration alone."""
     folder = pathlib.Path(path)
     if (folder / CHECKPOINT_FOLDER).is_dir() or (folder / WEIGHTS_FOLDER).is_dir():
-        return workdir.read_config(folder).model
-    return model_config_from_hugging_face(folder / CONFIG_FILE)
+        run = workdir.read_config(folder)
+        largest = max(math.prod(tensor.shape) for tensor in hf_tensors(run.model).values())
+        held = _MASTER_BYTES * largest
+        return Description(run.model, run.quantization.group_size, held)
+    config = model_config_from_hugging_face(folder / CONFIG_FILE)
+    fields = json.loads((folder / CONFIG_FILE).read_text())
+    return Description(config, int4_group_size(fields) or GROUP_SIZE, 0)
 
 
 def is_carried(file: pathlib.Path) -> bool:

@@ -17,7 +17,7 @@ import pathlib
 
 import jax
 from absl import flags
-from checkpoint_source import Input, is_carried, open_input, read_model_config
+from checkpoint_source import Input, describe, is_carried, open_input
 from rich.console import Console
 from rich.table import Table
 
@@ -166,13 +166,14 @@ def _shard_bytes() -> int:
 
 def _plan_table() -> Table:
     """What a conversion would write; from the configuration alone."""
-    config = read_model_config(_INPUT.value)
+    config, group_size, held_bytes = describe(_INPUT.value)
     if _FORMAT.value in _GGUF:
         planned = plan_gguf(config, _GGUF[_FORMAT.value])
         sizes = [(tensor.stored.value, tensor.num_bytes) for tensor in planned]
         files = [sum(size for _, size in sizes)]
     else:
-        plan = plan_export(config, FileFormat(_FORMAT.value), shard_bytes=_shard_bytes())
+        form = FileFormat(_FORMAT.value)
+        plan = plan_export(config, form, group_size=group_size, shard_bytes=_shard_bytes())
         sizes = [(info.dtype, info.num_bytes) for file in plan for info in file.infos]
         files = [file.num_bytes for file in plan]
     table = Table("", "tensors", "GB", title=f"{_INPUT.value} as {_FORMAT.value}")
@@ -182,7 +183,8 @@ def _plan_table() -> Table:
     table.add_section()
     table.add_row("all", f"{len(sizes):,}", f"{sum(files) / _GB:,.1f}")
     table.add_row("files", f"{len(files):,}", f"at most {max(files) / _GB:,.2f}")
-    table.add_row("memory, at most", "", f"{peak_bytes(hf_tensors(config).values()) / _GB:.2f}")
+    memory = held_bytes + peak_bytes(hf_tensors(config).values())
+    table.add_row("memory, at most", "", f"{memory / _GB:.2f}")
     return table
 
 

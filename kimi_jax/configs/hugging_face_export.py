@@ -96,6 +96,13 @@ def with_quantization(
     return {**result, TEXT_SECTION: _set_section(fields[TEXT_SECTION], section)}
 
 
+def int4_group_size(fields: Mapping[str, Any]) -> int | None:
+    """Returns how many weights share a scale, where a config.json says that some are in INT4."""
+    section = fields.get(TEXT_SECTION, fields).get(_QUANTIZATION) or {}
+    groups = (section.get("config_groups") or {}).values()
+    return next((group["weights"]["group_size"] for group in groups), None)
+
+
 def _set_section(fields: Mapping[str, Any], section: dict[str, Any] | None) -> dict[str, Any]:
     """Sets the section, or removes it where it is None; other fields keep their order."""
     if section is None:

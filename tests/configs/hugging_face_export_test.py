@@ -8,7 +8,12 @@ from absl.testing import absltest, parameterized
 
 from kimi_jax.configs import presets
 from kimi_jax.configs.hugging_face import model_config_from_hugging_face
-from kimi_jax.configs.hugging_face_export import FileFormat, to_hugging_face, with_quantization
+from kimi_jax.configs.hugging_face_export import (
+    FileFormat,
+    int4_group_size,
+    to_hugging_face,
+    with_quantization,
+)
 from kimi_jax.configs.model import ModelConfig, YarnConfig
 from kimi_jax.core.errors import ConfigError
 
@@ -146,6 +151,14 @@ class HuggingFaceExportTest(parameterized.TestCase):
     def test_unknown_format_is_refused_by_name(self):
         with self.assertRaisesRegex(ConfigError, "bf16, fp8, int4, got 'gguf'"):
             with_quantization({}, "gguf")
+
+    def test_the_group_size_of_int4_is_read_where_it_is_written(self):
+        fields = to_hugging_face(presets.kimi_k2())
+        self.assertIsNone(int4_group_size(fields))
+        self.assertIsNone(int4_group_size(with_quantization(fields, FileFormat.FP8)))
+        written = with_quantization(fields, FileFormat.INT4, 16)
+        self.assertEqual(int4_group_size(written), 16)
+        self.assertEqual(int4_group_size({"text_config": written}), 16)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,15 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 
 from kimi_jax.configs.data import SourceConfig, SourceKind
-from kimi_jax.core.errors import CheckpointMismatchError, ConfigError, DataError
+from kimi_jax.core.errors import (
+    CheckpointFileError,
+    CheckpointMismatchError,
+    ConfigError,
+    DataError,
+)
 from kimi_jax.pretrain import pretrain
 from kimi_jax.training import loop, workdir
-from tests.support import program, tiny
+from tests.support import program, published, tiny
 
 
 class BadInputTest(parameterized.TestCase):
@@ -40,6 +45,26 @@ class BadInputTest(parameterized.TestCase):
     )  # fmt: skip
     def test_a_configuration_that_does_not_fit(self, _, sections, message):
         self._refuse(ConfigError, message, **sections)
+
+    def test_initial_weights_of_another_architecture_show_what_differs(self):
+        other = tiny.text_experiment(self.folder, model={"num_heads": 4}).model
+        published.export(self.folder / "weights", other)
+        self._refuse(
+            ConfigError,
+            r"(?s)weights holds a model of another architecture.*model.num_heads: 2 here, 4 there",
+            training={"initial_weights": str(self.folder / "weights")},
+        )
+
+    def test_initial_weights_that_are_not_complete(self):
+        model = tiny.text_experiment(self.folder).model
+        published.export(self.folder / "weights", model)
+        for file in (self.folder / "weights").glob("*.safetensors"):
+            file.unlink()
+        self._refuse(
+            CheckpointFileError,
+            "model-00001-of-00001.safetensors.* missing",
+            training={"initial_weights": str(self.folder / "weights")},
+        )
 
     def test_a_workdir_of_another_configuration_shows_what_differs(self):
         workdir.claim(self.workdir, tiny.text_experiment(self.folder), resume=True)

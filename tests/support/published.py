@@ -1,5 +1,7 @@
 """Tiny random models under the published names, as exporters read them."""
 
+import dataclasses
+import pathlib
 import threading
 import weakref
 from collections.abc import Mapping
@@ -7,8 +9,12 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
+from kimi_jax.configs.hugging_face_export import FileFormat, to_hugging_face
 from kimi_jax.configs.model import ModelConfig
+from kimi_jax.interop.hf_encode import Encoder
+from kimi_jax.interop.hf_export import export_hugging_face
 from kimi_jax.interop.tensor_source import PackedRows
+from kimi_jax.model.router import routed_scaling_factor
 from kimi_jax.model.transformer import TransformerParams
 from tests.support import hf_layout
 
@@ -150,3 +156,11 @@ def transformer_params(tensors: Mapping[str, np.ndarray], config: ModelConfig) -
         fused[f"{prefix}gate_up_proj"] = np.concatenate([every("gate"), every("up")], axis=1)
         fused[f"{prefix}down_proj"] = every("down")
     return hf_layout.transformer_params(fused, config)
+
+
+def export(folder: pathlib.Path, config: ModelConfig) -> None:
+    """Writes random weights as a published folder in bfloat16."""
+    factor = routed_scaling_factor(config)
+    config = dataclasses.replace(config, routed_scaling_factor=factor)
+    encoder = Encoder(RandomSource(config), FileFormat.BF16, _GROUP)
+    export_hugging_face(folder, encoder, fields=to_hugging_face(config), identity="random")

@@ -7,6 +7,7 @@ import signal
 import tempfile
 from unittest import mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -178,6 +179,14 @@ class LoopTest(parameterized.TestCase):
         self.workdir = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         self._train(whole)
         np.testing.assert_array_equal(first.batches + second.batches, whole.batches)
+
+    def test_given_weights_are_where_a_new_run_starts_and_a_resumed_one_does_not(self):
+        config = self._config(num_steps=2)
+        given = tiny.parameters(self.mesh, config.model)
+        expected = jax.tree.map(np.asarray, given)
+        state = self._train(FakeStep(), config, read_weights=lambda: given)
+        chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.params), expected)
+        self._train(FakeStep(), config, read_weights=mock.Mock(side_effect=AssertionError))
 
     def test_a_finished_run_takes_no_more_steps(self):
         self._train(FakeStep())
