@@ -1,6 +1,7 @@
 """What MuonClip and INT4 training promise, measured again by the program that a user runs."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -19,7 +20,8 @@ _INT4_SHARE = 1 / 3  # of what rounding afterwards loses, lost by training with 
 def _measure(question: str, *options: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "tools/run_ablation.py", question, f"--out={folder}", *options]
-        subprocess.run(command, cwd=_ROOT, check=True)
+        own = {"PYTHONPATH": str(_ROOT)}  # another checkout may be installed
+        subprocess.run(command, cwd=_ROOT, env=os.environ | own, check=True)
         return json.loads((pathlib.Path(folder) / "results.json").read_text())
 
 
