@@ -26,7 +26,7 @@ from kimi_jax.configs.hugging_face_export import FileFormat, with_quantization
 from kimi_jax.core.byte_progress import byte_progress
 from kimi_jax.core.errors import require
 from kimi_jax.interop import verification
-from kimi_jax.interop.gguf import GgufType, plan_gguf, write_gguf
+from kimi_jax.interop.gguf import GgufType, plan_gguf, verify_gguf, write_gguf
 from kimi_jax.interop.gguf_tokenizer import VOCABULARY_FILES, read_gguf_tokenizer
 from kimi_jax.interop.hf_checkpoint import HfCheckpoint
 from kimi_jax.interop.hf_encode import Encoder, peak_bytes
@@ -63,10 +63,6 @@ def main() -> None:
         Console().print(_plan_table())
         return
     require(_OUTPUT.value is not None, "--output is missing: name what to write")
-    require(
-        not (_VERIFY.value and _FORMAT.value in _GGUF),
-        "--verify reads folders; llama.cpp reads GGUF files",
-    )
     with open_input(_INPUT.value) as given:
         if _FORMAT.value in _GGUF:
             _convert_to_gguf(given)
@@ -94,6 +90,14 @@ def _convert_to_gguf(given: Input) -> None:
             identity=given.identity,
             progress=progress,
         )
+    if _VERIFY.value:
+        with byte_progress("verifying", num_bytes) as progress:
+            verify_gguf(_OUTPUT.value, given.source, weight_type=kind, progress=progress)
+        _announce_verified(num_bytes)
+
+
+def _announce_verified(num_bytes: int) -> None:
+    Console().print(f"{num_bytes / _GB:,.3f} GB on disk are what the input converts to")
 
 
 def _announce(given: Input, num_bytes: int, files: str) -> None:
@@ -135,16 +139,15 @@ def _carried(given: Input) -> list[pathlib.Path]:
 
 
 def _verify(given: Input, encoder: Encoder) -> None:
-    console = Console()
     num_bytes = sum(file.num_bytes for file in _plan(encoder))
     with byte_progress("verifying", num_bytes) as progress:
         verification.verify_bytes(_OUTPUT.value, encoder, progress)
-    console.print(f"{num_bytes / _GB:,.3f} GB on disk are what the input converts to")
+    _announce_verified(num_bytes)
     if not verification.is_small(given.source):
         return
     with HfCheckpoint(_OUTPUT.value) as written:
         found = verification.compare_logits(given.source, written)
-    console.print(
+    Console().print(
         f"logits on {verification.LENGTH} random tokens, in float32: at most {found.largest:.3g} "
         f"apart (their RMS is {found.scale:.3g}), the same token preferred at "
         f"{found.same_choice:.1%} of the positions"

@@ -8,14 +8,14 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from kimi_jax.configs.model import ModelConfig
-from kimi_jax.core.errors import require
+from kimi_jax.core.errors import CheckpointFileError, require
 from kimi_jax.interop.ahead import in_order
 from kimi_jax.interop.gguf_encode import (
     GgufType,
@@ -205,21 +205,62 @@ def _write_tensors(
     progress: Callable[[int], None],
 ) -> None:
     num_bytes = sum(entry.num_bytes for entry in planned[: file.num_done])
-    tasks = (
-        (source, entry, piece, rows)
-        for entry in planned[file.num_done :]
-        for piece in entry.tensor.pieces
-        for rows in row_blocks(entry.tensor, piece)
-    )
     left = 0  # bytes of the current tensor
-    with contextlib.closing(in_order(encode, tasks)) as blocks:
-        for (_, entry, *_), block in blocks:
+    with contextlib.closing(_blocks(planned[file.num_done :], source)) as blocks:
+        for entry, block in blocks:
             if left == 0:
                 file.begin_tensor()
                 left = entry.num_bytes
-            file.append(block.reshape(-1).view(np.uint8).data, entry.tensor.name)
+            file.append(block.data, entry.tensor.name)
             left -= block.nbytes
             if left == 0:
                 file.end_tensor()
             num_bytes += block.nbytes
             progress(num_bytes)
+
+
+def _blocks(
+    planned: Iterable[PlannedTensor], source: TensorSource
+) -> Iterator[tuple[PlannedTensor, np.ndarray]]:
+    """Yields the bytes of tensors, block by block."""
+    tasks = (
+        (source, entry, piece, rows)
+        for entry in planned
+        for piece in entry.tensor.pieces
+        for rows in row_blocks(entry.tensor, piece)
+    )
+    with contextlib.closing(in_order(encode, tasks)) as blocks:
+        for (_, entry, *_), block in blocks:
+            yield entry, block.reshape(-1).view(np.uint8)
+
+
+def verify_gguf(
+    path: str | os.PathLike,
+    source: TensorSource,
+    *,
+    weight_type: GgufType,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Converts once more, and compares with the tensors that the format's own reader finds.
+
+    Args:
+      path: what `write_gguf` has written.
+      source: from which.
+      weight_type: with which it was written.
+      progress: called with the number of bytes compared so far.
+
+    Raises:
+      CheckpointFileError: a tensor is missing or differs.
+    """
+    found = {tensor.name: tensor for tensor in gguf_package().GGUFReader(path).tensors}
+    position, num_bytes = 0, 0  # in the current tensor, and of all
+    for entry, expected in _blocks(plan_gguf(source.config, weight_type), source):
+        name = entry.tensor.name
+        stored = found[name].data.reshape(-1).view(np.uint8) if name in found else np.empty(0)
+        if not np.array_equal(stored[position : position + expected.size], expected):
+            raise CheckpointFileError(
+                f"{path}: tensor {name} is not what the input converts to; convert once more"
+            )
+        position = (position + expected.size) % entry.num_bytes
+        num_bytes += expected.size
+        progress(num_bytes)

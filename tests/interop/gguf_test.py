@@ -16,7 +16,7 @@ from kimi_jax.configs.model import YarnConfig
 from kimi_jax.core.errors import CheckpointFileError, ConfigError
 from kimi_jax.interop import gguf_encode
 from kimi_jax.interop.ahead import AHEAD, THREADS
-from kimi_jax.interop.gguf import plan_gguf, write_gguf
+from kimi_jax.interop.gguf import plan_gguf, verify_gguf, write_gguf
 from kimi_jax.interop.gguf_encode import GgufType, int4_blocks
 from kimi_jax.interop.hf_checkpoint import HfCheckpoint
 from kimi_jax.interop.hf_encode import Encoder
@@ -342,6 +342,23 @@ class StreamingTest(parameterized.TestCase):
         )
         first = plan_gguf(CONFIG, GgufType.F16)[0]
         self.assertLessEqual(counts[0], first.num_bytes)
+
+    @parameterized.parameters(GgufType.F32, GgufType.Q8_0)
+    def test_a_changed_byte_is_found_by_its_tensors_name(self, weight_type):
+        source = published.RandomSource(CONFIG)
+        write_gguf(self.file, source, None, weight_type=weight_type)
+        counts = []
+        verify_gguf(self.file, source, weight_type=weight_type, progress=counts.append)
+        planned = plan_gguf(CONFIG, weight_type)
+        self.assertEqual(counts[-1], sum(entry.num_bytes for entry in planned))
+        tensor = gguf.GGUFReader(self.file).tensors[-1]
+        with open(self.file, "r+b") as file:
+            file.seek(tensor.data_offset + tensor.n_bytes - 1)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+        with self.assertRaisesRegex(CheckpointFileError, tensor.name):
+            verify_gguf(self.file, source, weight_type=weight_type)
 
     def _assert_same_tensors(self, left, right):
         pairs = zip(gguf.GGUFReader(left).tensors, gguf.GGUFReader(right).tensors, strict=True)
