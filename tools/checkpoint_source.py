@@ -100,7 +100,7 @@ def describe(path: str) -> Description:
     if (folder / CHECKPOINT_FOLDER).is_dir() or (folder / WEIGHTS_FOLDER).is_dir():
         run = workdir.read_config(folder)
         largest = max(math.prod(tensor.shape) for tensor in hf_tensors(run.model).values())
-        held = _MASTER_BYTES * largest
+        held = 2 * _MASTER_BYTES * largest  # its pieces, too, while it is put together
         return Description(run.model, run.quantization.group_size, held)
     config = model_config_from_hugging_face(folder / CONFIG_FILE)
     fields = json.loads((folder / CONFIG_FILE).read_text())

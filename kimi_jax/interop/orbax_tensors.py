@@ -14,7 +14,8 @@ from kimi_jax.core.errors import CheckpointFileError
 from kimi_jax.interop.safetensors_header import DTYPES, TensorInfo
 
 _METADATA_FILE = "_METADATA"
-_CACHE_BYTES = 256 << 20  # of decoded chunks
+_CACHE_BYTES = 64 << 20  # of decoded chunks
+_READS_UNDER_WAY = 4  # chunks that are read at a time: each is in memory twice meanwhile
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -39,7 +40,12 @@ class OrbaxTensors:
         if not (self.path / _METADATA_FILE).is_file():
             raise CheckpointFileError(f"{self.path}: is no orbax checkpoint: no {_METADATA_FILE}")
         # A chunk that holds several layers or experts is decoded once for all of them.
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+        self._context = tensorstore.Context(
+            {
+                "cache_pool": {"total_bytes_limit": _CACHE_BYTES},
+                "file_io_concurrency": {"limit": _READS_UNDER_WAY},
+            }
+        )
         self._arrays: dict[str, tensorstore.TensorStore] = {}
         try:
             tree = ocp.PyTreeCheckpointHandler().metadata(self.path).tree

@@ -91,7 +91,7 @@ class ParameterSource:
             if latest is None or latest[0] != name:
                 self._latest = None  # so that two are never held
                 latest = self._latest = name, self._put_together(self._tensors[name])
-        return latest[1][rows]
+        return latest[1][rows].copy()  # a view would keep the whole tensor
 
     def int4_rows(self, name: str, rows: slice) -> PackedRows | None:
         """Returns codes and scales of a packed model's weights."""

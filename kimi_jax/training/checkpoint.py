@@ -104,11 +104,11 @@ def newest_state(workdir: str | os.PathLike) -> pathlib.Path | None:
 
 
 def chunks(tree: Any) -> Any:
-    """Has layers and experts stored apart, so that one can be read without the others."""
+    """Has arrays stored in small pieces, layers and experts apart, so that one is read alone."""
 
     def of_leaf(leaf: jax.Array) -> ocp.SaveArgs:
         stacked = tuple(range(leaf.ndim - 2))
-        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES if stacked else None, shard_axes=stacked)
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=stacked)
 
     return jax.tree.map(of_leaf, tree)
 
