@@ -58,7 +58,7 @@ def write_gguf(
     tokenizer: GgufTokenizer | None,
     *,
     weight_type: GgufType,
-    identity: str = "",
+    identity: str,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Writes a model into a new file.
@@ -78,7 +78,8 @@ def write_gguf(
 
     Raises:
       ConfigError: llama.cpp does not read such a model or tokenizer, the model does not have the
-        INT4 experts of Q4_0, the file exists, or the extra `gguf` is not installed.
+        INT4 experts of Q4_0, the file exists, an earlier, stopped call was another one, or the
+        extra `gguf` is not installed.
       CheckpointFileError: a tensor of the source is not what it should be, or cannot be stored in
         the format; the file cannot be written.
     """
@@ -254,13 +255,15 @@ def verify_gguf(
     """
     found = {tensor.name: tensor for tensor in gguf_package().GGUFReader(path).tensors}
     position, num_bytes = 0, 0  # in the current tensor, and of all
-    for entry, expected in _blocks(plan_gguf(source.config, weight_type), source):
-        name = entry.tensor.name
-        stored = found[name].data.reshape(-1).view(np.uint8) if name in found else np.empty(0)
-        if not np.array_equal(stored[position : position + expected.size], expected):
-            raise CheckpointFileError(
-                f"{path}: tensor {name} is not what the input converts to; convert once more"
-            )
-        position = (position + expected.size) % entry.num_bytes
-        num_bytes += expected.size
-        progress(num_bytes)
+    planned = plan_gguf(source.config, weight_type)
+    with contextlib.closing(_blocks(planned, source)) as blocks:
+        for entry, expected in blocks:
+            name = entry.tensor.name
+            stored = found[name].data.reshape(-1).view(np.uint8) if name in found else np.empty(0)
+            if not np.array_equal(stored[position : position + expected.size], expected):
+                raise CheckpointFileError(
+                    f"{path}: tensor {name} is not what the input converts to; convert once more"
+                )
+            position = (position + expected.size) % entry.num_bytes
+            num_bytes += expected.size
+            progress(num_bytes)

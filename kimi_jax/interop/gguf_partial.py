@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from kimi_jax.core.errors import CheckpointFileError
+from kimi_jax.core.errors import CheckpointFileError, require
 
 
 class PartialFile:
@@ -37,8 +37,11 @@ class PartialFile:
           path: of the complete file.
           header: what stands before the tensors.
           sizes: bytes of each tensor.
-          identity: says what the source is; an earlier call's tensors stay if theirs was the same.
+          identity: says what the source is.
           alignment: every tensor begins at a multiple of it.
+
+        Raises:
+          ConfigError: what stands in PATH.partial is of another source or plan.
         """
         self._path = path
         self._partial = path.with_name(path.name + ".partial")
@@ -105,10 +108,16 @@ class PartialFile:
         return math.ceil(position / self._alignment) * self._alignment
 
     def _read_record(self) -> int:
-        if not (self._record.exists() and self._partial.exists()):
+        """Returns how many tensors an earlier call has left, if that was the same call."""
+        if not self._partial.exists():
             return 0
-        record = json.loads(self._record.read_text())
-        return record["tensors"] if record["fingerprint"] == self._fingerprint else 0
+        text = self._record.read_text() if self._record.exists() else "{}"
+        record = json.loads(text)
+        require(
+            record.get("fingerprint") == self._fingerprint,
+            f"{self._partial} holds another, unfinished export; remove it, or name another output",
+        )
+        return record["tensors"]
 
     def _save(self, num_done: int) -> None:
         text = json.dumps({"fingerprint": self._fingerprint, "tensors": num_done})

@@ -110,7 +110,7 @@ class LlamaCppSlowTest(parameterized.TestCase):
 
     def both(self, source, weight_type):
         file = self.folder / f"{weight_type.value}.gguf"
-        write_gguf(file, source, None, weight_type=weight_type)
+        write_gguf(file, source, None, weight_type=weight_type, identity="random")
         ours = our_log_probabilities(source, self.tokens)
         return ours, their_log_probabilities(file, self.tokens, source.config)
 
@@ -132,7 +132,13 @@ class LlamaCppSlowTest(parameterized.TestCase):
             presets.tiny(vocab_size=vocab_size), embed_dim=32, num_layers=2
         )
         file = self.folder / "model.gguf"
-        write_gguf(file, published.RandomSource(config), tokenizer, weight_type=GgufType.BF16)
+        write_gguf(
+            file,
+            published.RandomSource(config),
+            tokenizer,
+            weight_type=GgufType.BF16,
+            identity="random",
+        )
         return llama(file, vocab_only=True)
 
     def assert_encodes_like(self, model, tokenizer):

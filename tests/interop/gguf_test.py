@@ -78,7 +78,7 @@ class GgufTest(parameterized.TestCase):
         self.file = self.folder / "tiny-model.gguf"
 
     def write(self, source, weight_type=GgufType.F32, **options):
-        write_gguf(self.file, source, None, weight_type=weight_type, **options)
+        write_gguf(self.file, source, None, weight_type=weight_type, identity="random", **options)
         return gguf.GGUFReader(self.file)
 
     @parameterized.parameters(
@@ -245,13 +245,13 @@ class StreamingTest(parameterized.TestCase):
         source = published.RandomSource(CONFIG, int4=weight_type is GgufType.Q4_0)
         whole, parts = self.folder / "whole.gguf", self.folder / "parts" / "whole.gguf"
         parts.parent.mkdir()
-        write_gguf(whole, source, None, weight_type=weight_type)
+        write_gguf(whole, source, None, weight_type=weight_type, identity="random")
         source.most_values = 0
         with (
             mock.patch.object(gguf_encode, "BLOCK_VALUES", 1024),
             mock.patch.object(gguf_encode, "_ROW_MULTIPLE", 2),
         ):
-            write_gguf(parts, source, None, weight_type=weight_type)
+            write_gguf(parts, source, None, weight_type=weight_type, identity="random")
         self.assertLessEqual(source.most_values, (AHEAD + THREADS + 1) * 1024)
         of_a_layer = CONFIG.num_routed_experts * CONFIG.expert_ffn_dim * CONFIG.embed_dim
         self.assertLess(source.most_values, of_a_layer / 3)
@@ -268,15 +268,22 @@ class StreamingTest(parameterized.TestCase):
         direct, through = self.folder / "a" / "model.gguf", self.folder / "b" / "model.gguf"
         for file in (direct, through):
             file.parent.mkdir()
-        write_gguf(direct, source, None, weight_type=weight_type)
+        write_gguf(direct, source, None, weight_type=weight_type, identity="random")
         with HfCheckpoint(folder) as checkpoint:
-            write_gguf(through, checkpoint, None, weight_type=weight_type)
+            write_gguf(through, checkpoint, None, weight_type=weight_type, identity="random")
         self.assertEqual(direct.read_bytes(), through.read_bytes())
 
     def test_progress_counts_the_planned_bytes(self):
         counts = []
         source = published.RandomSource(CONFIG)
-        write_gguf(self.file, source, None, weight_type=GgufType.Q8_0, progress=counts.append)
+        write_gguf(
+            self.file,
+            source,
+            None,
+            weight_type=GgufType.Q8_0,
+            identity="random",
+            progress=counts.append,
+        )
         planned = plan_gguf(CONFIG, GgufType.Q8_0)
         self.assertEqual(counts, sorted(set(counts)))
         self.assertEqual(counts[-1], sum(entry.num_bytes for entry in planned))
@@ -299,6 +306,7 @@ class StreamingTest(parameterized.TestCase):
             source,
             None,
             weight_type=GgufType.F32,
+            identity="random",
             progress=lambda _: seen.add(tuple(sorted(path.name for path in self.folder.iterdir()))),
         )
         self.assertEqual(seen, {("model.gguf.partial", "model.gguf.partial.json")})
@@ -306,17 +314,24 @@ class StreamingTest(parameterized.TestCase):
 
     def test_a_stopped_export_goes_on_after_its_last_whole_tensor(self):
         whole, source = self.folder / "whole.gguf", published.RandomSource(CONFIG)
-        write_gguf(whole, source, None, weight_type=GgufType.F16)
+        write_gguf(whole, source, None, weight_type=GgufType.F16, identity="random")
         norm = source.tensors.pop("model.norm.weight")
         with self.assertRaises(KeyError):
-            write_gguf(self.file, source, None, weight_type=GgufType.F16)
+            write_gguf(self.file, source, None, weight_type=GgufType.F16, identity="random")
         self.assertFalse(self.file.exists())
         source.tensors["model.norm.weight"] = norm
         read = []
         rows = source.rows
         source.rows = lambda name, part: (read.append(name), rows(name, part))[1]
         counts = []
-        write_gguf(self.file, source, None, weight_type=GgufType.F16, progress=counts.append)
+        write_gguf(
+            self.file,
+            source,
+            None,
+            weight_type=GgufType.F16,
+            identity="random",
+            progress=counts.append,
+        )
         self.assertEqual(set(read), {"model.norm.weight", "lm_head.weight"})
         self.assertEqual(
             counts[-1], sum(entry.num_bytes for entry in plan_gguf(CONFIG, GgufType.F16))
@@ -325,28 +340,27 @@ class StreamingTest(parameterized.TestCase):
         self.assertCountEqual(names, ["model.gguf", "whole.gguf"])
         self._assert_same_tensors(whole, self.file)
 
-    def test_an_export_of_another_source_begins_anew(self):
+    def test_a_stopped_export_of_another_source_is_refused_and_left_alone(self):
         source = published.RandomSource(CONFIG)
-        norm = source.tensors.pop("model.norm.weight")
+        source.tensors.pop("model.norm.weight")
         with self.assertRaises(KeyError):
             write_gguf(self.file, source, None, weight_type=GgufType.F16, identity="one")
-        source.tensors["model.norm.weight"] = norm
-        counts = []
-        write_gguf(
-            self.file,
-            source,
-            None,
-            weight_type=GgufType.F16,
-            identity="other",
-            progress=counts.append,
-        )
-        first = plan_gguf(CONFIG, GgufType.F16)[0]
-        self.assertLessEqual(counts[0], first.num_bytes)
+        partial = self.file.with_name("model.gguf.partial")
+        before = partial.read_bytes()
+        with self.assertRaisesRegex(ConfigError, "model.gguf.partial holds another, unfinished"):
+            write_gguf(
+                self.file,
+                published.RandomSource(CONFIG),
+                None,
+                weight_type=GgufType.F16,
+                identity="other",
+            )
+        self.assertEqual(partial.read_bytes(), before)
 
     @parameterized.parameters(GgufType.F32, GgufType.Q8_0)
     def test_a_changed_byte_is_found_by_its_tensors_name(self, weight_type):
         source = published.RandomSource(CONFIG)
-        write_gguf(self.file, source, None, weight_type=weight_type)
+        write_gguf(self.file, source, None, weight_type=weight_type, identity="random")
         counts = []
         verify_gguf(self.file, source, weight_type=weight_type, progress=counts.append)
         planned = plan_gguf(CONFIG, weight_type)
@@ -376,20 +390,34 @@ class StreamingTest(parameterized.TestCase):
                 CheckpointFileError,
                 r"tensor blk\.1\.\w+\.weight cannot be written to .*model\.gguf\.partial",
             ):
-                write_gguf(self.file, source, None, weight_type=GgufType.F32)
+                write_gguf(self.file, source, None, weight_type=GgufType.F32, identity="random")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         self.assertFalse(self.file.exists())
 
-    def test_remains_of_an_interrupted_export_are_replaced(self):
-        self.file.with_name("model.gguf.partial").write_bytes(b"\0" * 1_000_000)
-        write_gguf(self.file, published.RandomSource(CONFIG), None, weight_type=GgufType.BF16)
-        self.assertNotEmpty(gguf.GGUFReader(self.file).tensors)
+    def test_a_partial_file_that_no_export_left_there_is_refused(self):
+        partial = self.file.with_name("model.gguf.partial")
+        partial.write_bytes(b"precious")
+        with self.assertRaisesRegex(ConfigError, "model.gguf.partial holds another, unfinished"):
+            write_gguf(
+                self.file,
+                published.RandomSource(CONFIG),
+                None,
+                weight_type=GgufType.BF16,
+                identity="random",
+            )
+        self.assertEqual(partial.read_bytes(), b"precious")
 
     def test_existing_file_is_not_overwritten(self):
         self.file.write_text("precious")
         with self.assertRaisesRegex(ConfigError, "exists"):
-            write_gguf(self.file, published.RandomSource(CONFIG), None, weight_type=GgufType.F32)
+            write_gguf(
+                self.file,
+                published.RandomSource(CONFIG),
+                None,
+                weight_type=GgufType.F32,
+                identity="random",
+            )
         self.assertEqual(self.file.read_text(), "precious")
 
     def test_folder_that_does_not_exist_is_reported(self):
@@ -399,6 +427,7 @@ class StreamingTest(parameterized.TestCase):
                 published.RandomSource(CONFIG),
                 None,
                 weight_type=GgufType.F32,
+                identity="random",
             )
 
 
@@ -409,7 +438,13 @@ class BadInputTest(parameterized.TestCase):
         self.source = published.RandomSource(CONFIG)
 
     def write(self, weight_type):
-        write_gguf(self.folder / "model.gguf", self.source, None, weight_type=weight_type)
+        write_gguf(
+            self.folder / "model.gguf",
+            self.source,
+            None,
+            weight_type=weight_type,
+            identity="random",
+        )
 
     def test_q4_0_needs_int4_experts(self):
         with self.assertRaisesRegex(ConfigError, "q4_0 stores the INT4 weights"):

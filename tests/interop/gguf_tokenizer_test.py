@@ -49,7 +49,13 @@ class FolderTest(parameterized.TestCase):
             presets.tiny(vocab_size=vocab_size), num_layers=1, embed_dim=32
         )
         file = self.folder / "model.gguf"
-        write_gguf(file, published.RandomSource(config), tokenizer, weight_type=GgufType.BF16)
+        write_gguf(
+            file,
+            published.RandomSource(config),
+            tokenizer,
+            weight_type=GgufType.BF16,
+            identity="random",
+        )
         fields = gguf.GGUFReader(file).fields
         prefix = "tokenizer."
         return {
