@@ -31,6 +31,7 @@ from kimi_jax.parallel import mesh as meshes
 from kimi_jax.parallel import multihost
 from kimi_jax.parallel.rules import REPLICATED
 from kimi_jax.quantization import qat
+from kimi_jax.training.checkpoint import newest_state
 from kimi_jax.training.loop import train
 from kimi_jax.training.progress import print_banner
 from kimi_jax.training.state import TrainState
@@ -67,7 +68,7 @@ def pretrain(
     with multihost.first_before_others("open the corpus"):
         corpus = open_corpus(config.data)
     check_vocabulary(corpus.tokenizer, config.model.vocab_size)
-    read_weights = _open_weights(config, mesh)
+    read_weights = _weights_reader(config, workdir, mesh)
     held_out = _held_out(config, corpus)
     print_banner(pathlib.Path(workdir).name, _sections(config, mesh, corpus, held_out))
     started = time.monotonic()
@@ -102,23 +103,28 @@ def _report(workdir: pathlib.Path, summary: dict[str, Any], held_out: HeldOut | 
     print_banner("finished", {"result": [*results, ("report", str(report))]})
 
 
-def _open_weights(
-    config: ExperimentConfig, mesh: jax.sharding.Mesh
+def _weights_reader(
+    config: ExperimentConfig, workdir: str | os.PathLike, mesh: jax.sharding.Mesh
 ) -> Callable[[], transformer.TransformerParams] | None:
-    """Checks the checkpoint that training starts from, if any, and returns what reads it."""
+    """Returns what reads the weights that training starts from, if it does not draw them.
+
+    A new run's are checked here; one that goes on has no more need of them.
+    """
     folder = config.training.initial_weights
     if folder is None:
         return None
-    with HfCheckpoint(folder) as checkpoint:
-        check_architecture(checkpoint, config.model)
 
     def read() -> transformer.TransformerParams:
         with HfCheckpoint(folder) as checkpoint:
+            check_architecture(checkpoint, config.model)
             total = sum(info.num_bytes for info in checkpoint.files.tensors.values())
             share = total * jax.local_device_count() // mesh.size
             with byte_progress(f"reading {folder}", share, transient=True) as progress:
                 return import_parameters(checkpoint, mesh, progress=progress)
 
+    if newest_state(workdir) is None:
+        with HfCheckpoint(folder) as checkpoint:
+            check_architecture(checkpoint, config.model)
     return read
 
 

@@ -1,6 +1,7 @@
 """Published weights go into a run, and come out of its checkpoint as they were."""
 
 import pathlib
+import shutil
 import tempfile
 from unittest import mock
 
@@ -37,6 +38,8 @@ class InitialWeightsTest(absltest.TestCase):
         step = mock.patch.object(phases, "compile_train_step", lambda *arguments: _idle_step)
         with peak, step:
             pretrain(config, folder / "run")
+            shutil.rmtree(folder / "weights")
+            pretrain(config, folder / "run")  # goes on without them
         kept = stored_parameters(newest_state(folder / "run"), config.model, prefix="params.")
         source = published.RandomSource(config.model)
         for name, expected in source.tensors.items():
