@@ -15,10 +15,6 @@ import numpy as np
 BLOCK = 128
 CODE = ml_dtypes.float8_e4m3fn
 _LARGEST = 448.0
-_DROPPED_BITS = 20  # of float32's mantissa of 23; 3 are kept
-_EXPONENT_OFFSET = (127 - 7) << 3  # the biases of both formats, above 3 bits of mantissa
-_SMALLEST_NORMAL = 2.0**-6
-_SMALLEST_STEP = 2.0**-9
 _VALUES = np.arange(256, dtype=np.uint8).view(CODE).astype(np.float32)  # of each code
 _SAMPLE = 16  # values of a block that are tried first
 # Codes that can be the largest of a block: one binade of them. A block whose largest code lies
@@ -73,7 +69,6 @@ def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scales = np.where(largest > 0, largest / np.float32(_LARGEST), np.float32(1))
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         codes, exact = (np.array(a) for a in _round_blocks(blocks, scales))
-    codes = codes.view(CODE)
     lossy = np.argwhere(~exact)
     candidates = _candidates(blocks[~exact], largest[~exact])
     for (i, j), possible in zip(lossy, candidates, strict=True):
@@ -88,29 +83,13 @@ def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @jax.jit
 def _round_blocks(blocks: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the bits of the nearest codes, and which blocks they stand for exactly.
+    """Returns the nearest codes, and which blocks they stand for exactly.
 
-    Written with integers, which is eight times as fast as the conversions of NumPy and XLA.
+    Compiled, this takes a third of the time that NumPy's conversion takes.
     """
-    values = blocks.astype(jnp.float32)
-    quotients = values / scales[..., None, None]
-    magnitude = jnp.minimum(jnp.abs(quotients), _LARGEST)
-    bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
-    half_to_even = (1 << (_DROPPED_BITS - 1)) - 1 + ((bits >> _DROPPED_BITS) & 1)
-    rounded = (bits + half_to_even) >> _DROPPED_BITS
-    # Below the smallest exponent codes are evenly spaced.
-    steps = jnp.round(magnitude / _SMALLEST_STEP)
-    is_normal = magnitude >= _SMALLEST_NORMAL
-    code = jnp.where(is_normal, rounded - _EXPONENT_OFFSET, steps.astype(jnp.int32))
-    nearest = jnp.where(
-        is_normal,
-        jax.lax.bitcast_convert_type(rounded << _DROPPED_BITS, jnp.float32),
-        steps * _SMALLEST_STEP,
-    )
-    is_negative = jnp.signbit(quotients)
-    nearest = jnp.where(is_negative, -nearest, nearest)
-    exact = jnp.all(nearest * scales[..., None, None] == values, axis=(-2, -1))
-    return (code | (is_negative.astype(jnp.int32) << 7)).astype(jnp.uint8), exact
+    values, scales = blocks.astype(jnp.float32), scales[..., None, None]
+    codes = jnp.clip(values / scales, -_LARGEST, _LARGEST).astype(CODE)
+    return codes, jnp.all(codes.astype(jnp.float32) * scales == values, axis=(-2, -1))
 
 
 def _candidates(blocks: np.ndarray, largest: np.ndarray) -> list[np.ndarray]:
