@@ -60,7 +60,7 @@ def open_input(path: str) -> Iterator[Input]:
     folder = pathlib.Path(path)
     if not folder.is_dir():
         raise CheckpointFileError(f"{folder} is no folder")
-    if (folder / CHECKPOINT_FOLDER).is_dir() or (folder / WEIGHTS_FOLDER).is_dir():
+    if _is_ours(folder):
         yield _run(folder)
         return
     with HfCheckpoint(folder) as source:
@@ -97,7 +97,7 @@ class Description(NamedTuple):
 def describe(path: str) -> Description:
     """Describes an input by its configuration alone."""
     folder = pathlib.Path(path)
-    if (folder / CHECKPOINT_FOLDER).is_dir() or (folder / WEIGHTS_FOLDER).is_dir():
+    if _is_ours(folder):
         run = workdir.read_config(folder)
         largest = max(math.prod(tensor.shape) for tensor in hf_tensors(run.model).values())
         held = 2 * _MASTER_BYTES * largest  # its pieces, too, while it is put together
@@ -105,6 +105,11 @@ def describe(path: str) -> Description:
     config = model_config_from_hugging_face(folder / CONFIG_FILE)
     fields = json.loads((folder / CONFIG_FILE).read_text())
     return Description(config, int4_group_size(fields) or GROUP_SIZE, 0)
+
+
+def _is_ours(folder: pathlib.Path) -> bool:
+    """Whether this project has written a folder: a run or a packed model."""
+    return (folder / CHECKPOINT_FOLDER).is_dir() or (folder / WEIGHTS_FOLDER).is_dir()
 
 
 def is_carried(file: pathlib.Path) -> bool:

@@ -55,9 +55,7 @@ class HfCheckpoint:
             self.files.close()
             raise
         for reason, names in self.contents.ignored.items():
-            logging.warning(
-                "%s: %s tensors are left out: %s", path, f"{len(names):,}", reason.value
-            )
+            logging.warning("%s: %d tensors are left out: %s", path, len(names), reason.value)
 
     def __enter__(self) -> "HfCheckpoint":
         return self

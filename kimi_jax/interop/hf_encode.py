@@ -104,7 +104,5 @@ def row_blocks(tensor: HfTensor) -> Iterator[slice]:
 
 def peak_bytes(tensors: Iterable[HfTensor]) -> int:
     """Returns an upper bound of the memory that a conversion of these tensors takes."""
-    values = max(
-        rows.stop * math.prod(t.shape[1:]) for t in tensors for rows in [next(row_blocks(t))]
-    )
+    values = max(next(row_blocks(t)).stop * math.prod(t.shape[1:]) for t in tensors)
     return _PROGRAM_BYTES + (AHEAD + THREADS + 1) * values * _BYTES_A_VALUE

@@ -27,7 +27,8 @@ INT4_CODES, INT4_SCALE, INT4_SHAPE = "_packed", "_scale", "_shape"
 ROTARY_BUFFER = "rotary_emb.inv_freq"
 TEXT_PREFIX = "language_model."  # of models with a vision tower
 _MTP_INPUT = "eh_proj.weight"  # of no other layer: it joins embedding and hidden state
-_FLOATS = ("BF16", "F32", "F16")
+_FLOATS = ("BF16", "F32", "F16")  # that unquantised tensors may have
+_READ = {"I64": ("I64", "I32")}  # dtypes that are read in place of the one that is written
 _MOST_NAMED = 5  # in an error
 
 
@@ -120,7 +121,7 @@ def contents(config: ModelConfig, found: Mapping[str, TensorInfo], where: str) -
     for name, tensor in hf_tensors(config).items():
         form = _form_of(tensor, prefix, found, where)
         expected = _expected(tensor, form, prefix, found)
-        _check(expected, prefix, found, where)
+        _check(expected, form, prefix, found, where)
         forms[name] = form
         used.update(prefix + info.name for info in expected)
     _check_group_sizes(forms, prefix, found, where)
@@ -151,8 +152,6 @@ def _expected(
     tensor: HfTensor, form: FileFormat, prefix: str, found: Mapping[str, TensorInfo]
 ) -> tuple[TensorInfo, ...]:
     """Returns what must be there, the group size being the one that is there."""
-    if form is FileFormat.BF16:
-        return (TensorInfo(tensor.name, "", tensor.shape),)
     scales = found.get(prefix + tensor.name + INT4_SCALE)
     groups = scales.shape[-1] if form is FileFormat.INT4 and scales and scales.shape else 0
     fits = groups and tensor.shape[-1] % groups == 0
@@ -160,7 +159,11 @@ def _expected(
 
 
 def _check(
-    expected: tuple[TensorInfo, ...], prefix: str, found: Mapping[str, TensorInfo], where: str
+    expected: tuple[TensorInfo, ...],
+    form: FileFormat,
+    prefix: str,
+    found: Mapping[str, TensorInfo],
+    where: str,
 ) -> None:
     for info in expected:
         name = prefix + info.name
@@ -169,8 +172,7 @@ def _check(
         given = found[name]
         if given.shape != info.shape:
             _fail(where, [name], f"must be {list(info.shape)}, but is {list(given.shape)}")
-        allowed = (info.dtype,) if info.dtype else _FLOATS
-        allowed = ("I64", "I32") if info.name.endswith(INT4_SHAPE) else allowed
+        allowed = _FLOATS if form is FileFormat.BF16 else _READ.get(info.dtype, (info.dtype,))
         if given.dtype not in allowed:
             _fail(where, [name], f"must be {' or '.join(allowed)}, but is {given.dtype}")
 

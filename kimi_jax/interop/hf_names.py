@@ -10,7 +10,6 @@ Source: the released checkpoints of Kimi K2, Moonlight and DeepSeek-V3, and thei
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -297,9 +296,7 @@ def to_published(part: Part, values: np.ndarray) -> np.ndarray:
 def parts_by_path(config: ModelConfig) -> dict[str, dict[tuple[int, ...], tuple[HfTensor, Part]]]:
     """Returns for each parameter, layer and expert the tensor that holds it."""
     found: dict[str, dict[tuple[int, ...], tuple[HfTensor, Part]]] = {}
-    pairs = itertools.chain.from_iterable(
-        ((tensor, part) for part in tensor.parts) for tensor in hf_tensors(config).values()
-    )
-    for tensor, part in pairs:
-        found.setdefault(part.path, {})[part.index] = (tensor, part)
+    for tensor in hf_tensors(config).values():
+        for part in tensor.parts:
+            found.setdefault(part.path, {})[part.index] = (tensor, part)
     return found
