@@ -5,11 +5,11 @@ import json
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import BinaryIO
 
 from kimi_jax.core.errors import CheckpointFileError, require
+from kimi_jax.interop.disk import check_room
 
 
 class PartialFile:
@@ -59,7 +59,8 @@ class PartialFile:
             position = len(self._header)
             for size in self._sizes[: self.num_done]:
                 position = self._aligned(position) + size
-            self._check_room(self._aligned(position))
+            left_over = self._partial.stat().st_size - position
+            check_room(self._partial, sum(self._sizes[self.num_done :]), freed=left_over)
             self._file = self._partial.open("r+b")
             self._file.truncate(position)
             self._file.seek(position)
@@ -124,15 +125,6 @@ class PartialFile:
         temporary = self._record.with_suffix(".tmp")
         temporary.write_text(text)
         temporary.replace(self._record)
-
-    def _check_room(self, written: int) -> None:
-        needed = len(self._header) + sum(self._sizes) - written
-        free = shutil.disk_usage(self._path.parent).free + self._partial.stat().st_size - written
-        if needed > free:
-            raise CheckpointFileError(
-                f"{self._partial}: {needed / 1e9:.1f} GB are still to be written, and "
-                f"{free / 1e9:.1f} GB are free; make room, or write to another disk"
-            )
 
     def _error(self, error: OSError) -> CheckpointFileError:
         return CheckpointFileError(f"{self._partial} cannot be written: {error}")

@@ -20,6 +20,7 @@ import numpy as np
 from kimi_jax.configs.hugging_face_export import FileFormat
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core.errors import CheckpointFileError, require
+from kimi_jax.interop.disk import check_room
 from kimi_jax.interop.hf_checkpoint import CONFIG_FILE
 from kimi_jax.interop.hf_encode import Encoder
 from kimi_jax.interop.hf_formats import ROTARY_BUFFER, rotary_buffers, stored_tensors
@@ -169,13 +170,7 @@ def _begin(partial: pathlib.Path, plan: tuple[PlannedFile, ...], facts: list[Any
         partial.mkdir(parents=True, exist_ok=True)
         _guarded(record, record.write_text, text)
     done = {file.name for file in plan if (partial / file.name).exists()}
-    needed = sum(file.num_bytes for file in plan if file.name not in done)
-    free = shutil.disk_usage(partial).free
-    if needed > free:
-        raise CheckpointFileError(
-            f"{partial}: {needed / 1e9:.1f} GB are still to be written, and {free / 1e9:.1f} GB "
-            "are free; make room, or name a folder on another disk"
-        )
+    check_room(partial, sum(file.num_bytes for file in plan if file.name not in done))
     return done
 
 
