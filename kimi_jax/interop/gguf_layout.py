@@ -11,11 +11,45 @@ Source: llama.cpp, src/models/deepseek2.cpp and conversion/deepseek.py.
 
 import dataclasses
 import enum
+import itertools
+import re
 from collections.abc import Iterator
 
 from kimi_jax.configs.model import ModelConfig
 from kimi_jax.core.errors import require
+from kimi_jax.core.param_spec import ROUTER
+from kimi_jax.interop.hf_names import HfTensor, hf_tensors
 
+_OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_KEYS_AND_VALUES = "attn_kv_b.weight"  # which becomes two tensors
+_IN_LAYER = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.q_a_proj.weight": "attn_q_a.weight",
+    "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
+    "self_attn.q_b_proj.weight": "attn_q_b.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
+    "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
+    "self_attn.kv_b_proj.weight": _KEYS_AND_VALUES,
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.experts.gate_proj.weight": "ffn_gate_exps.weight",
+    "mlp.experts.up_proj.weight": "ffn_up_exps.weight",
+    "mlp.experts.down_proj.weight": "ffn_down_exps.weight",
+    "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+}
+_EXPERT_NUMBER = r"\bexperts\.\d+\."  # the experts of a layer are one tensor
 _MOST_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _MOST_LAYERS = 512  # LLAMA_MAX_LAYERS
 _LAYERS_WITHOUT_QUERY_LATENT = (26, 27)  # taken for DeepSeek-V2-Lite and its kin
@@ -58,99 +92,50 @@ class GgufTensor:
 
 def gguf_tensors(config: ModelConfig) -> Iterator[GgufTensor]:
     """Yields the tensors of a model in the order in which they are written."""
-    vocab, width = config.vocab_size, config.embed_dim
-    yield _whole("token_embd.weight", "model.embed_tokens.weight", vocab, width)
-    for layer in range(config.num_layers):
-        yield from _attention(config, layer)
-        yield _small(
-            f"blk.{layer}.ffn_norm", f"model.layers.{layer}.post_attention_layernorm", width
-        )
-        if layer < config.num_dense_layers:
-            yield from _feed_forward(layer, "", "", config.dense_ffn_dim, width)
-        else:
-            yield from _mixture(config, layer)
-    yield _small("output_norm", "model.norm", width)
-    yield _whole("output.weight", "lm_head.weight", vocab, width)
+    for name, group in itertools.groupby(hf_tensors(config).values(), key=_name):
+        tensors = list(group)
+        if name.endswith(_KEYS_AND_VALUES):
+            yield from _keys_and_values(config, name.removesuffix(_KEYS_AND_VALUES), tensors[0])
+            continue
+        pieces = tuple(Piece(tensor.name, slice(0, tensor.shape[0])) for tensor in tensors)
+        shape = tensors[0].shape
+        if tensors[0].is_expert:
+            shape = (len(tensors), *shape)
+        yield GgufTensor(name, shape, _role(tensors[0]), pieces)
 
 
-def _whole(name: str, published: str, *shape: int, role: Role = Role.MATRIX) -> GgufTensor:
-    return GgufTensor(name, shape, role, (Piece(published, slice(0, shape[0])),))
+def _name(tensor: HfTensor) -> str:
+    """Returns the name of the file's tensor that holds a published one."""
+    if tensor.name in _OUTSIDE:
+        return _OUTSIDE[tensor.name]
+    layer, _, name = tensor.name.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{_IN_LAYER[re.sub(_EXPERT_NUMBER, 'experts.', name)]}"
 
 
-def _small(name: str, published: str, *shape: int) -> GgufTensor:
-    return _whole(f"{name}.weight", f"{published}.weight", *shape, role=Role.SMALL)
+def _role(tensor: HfTensor) -> Role:
+    if tensor.is_expert:
+        return Role.ROUTED_EXPERT
+    is_small = len(tensor.shape) == 1 or ROUTER in tensor.tags
+    return Role.SMALL if is_small else Role.MATRIX
 
 
-def _attention(config: ModelConfig, layer: int) -> Iterator[GgufTensor]:
-    ours, theirs = f"blk.{layer}.attn_", f"model.layers.{layer}.self_attn."
-    width, latent, heads = config.embed_dim, config.kv_latent_dim, config.num_heads
-    queries = heads * config.head_qk_dim
-
-    def matrix(name: str, published: str, outputs: int, inputs: int) -> GgufTensor:
-        return _whole(f"{ours}{name}.weight", f"{theirs}{published}.weight", outputs, inputs)
-
-    yield _small(f"{ours}norm", f"model.layers.{layer}.input_layernorm", width)
-    if config.q_latent_dim is None:
-        yield matrix("q", "q_proj", queries, width)
-    else:
-        yield matrix("q_a", "q_a_proj", config.q_latent_dim, width)
-        yield _small(f"{ours}q_a_norm", f"{theirs}q_a_layernorm", config.q_latent_dim)
-        yield matrix("q_b", "q_b_proj", queries, config.q_latent_dim)
-    yield matrix("kv_a_mqa", "kv_a_proj_with_mqa", latent + config.head_rope_dim, width)
-    yield _small(f"{ours}kv_a_norm", f"{theirs}kv_a_layernorm", latent)
-    yield from _keys_and_values(config, ours, f"{theirs}kv_b_proj.weight")
-    yield matrix("output", "o_proj", width, heads * config.head_value_dim)
-
-
-def _keys_and_values(config: ModelConfig, ours: str, published: str) -> Iterator[GgufTensor]:
+def _keys_and_values(config: ModelConfig, prefix: str, tensor: HfTensor) -> Iterator[GgufTensor]:
     """Each head's rows of kv_b_proj are those of its keys, then those of its values."""
     latent, heads = config.kv_latent_dim, config.num_heads
     keys, values = config.head_nope_dim, config.head_value_dim
     starts = [head * (keys + values) for head in range(heads)]
     yield GgufTensor(
-        f"{ours}k_b.weight",
+        f"{prefix}attn_k_b.weight",
         (heads, latent, keys),
         Role.MATRIX,
-        tuple(Piece(published, slice(at, at + keys), transposed=True) for at in starts),
+        tuple(Piece(tensor.name, slice(at, at + keys), transposed=True) for at in starts),
     )
     yield GgufTensor(
-        f"{ours}v_b.weight",
+        f"{prefix}attn_v_b.weight",
         (heads, values, latent),
         Role.MATRIX,
-        tuple(Piece(published, slice(at + keys, at + keys + values)) for at in starts),
+        tuple(Piece(tensor.name, slice(at + keys, at + keys + values)) for at in starts),
     )
-
-
-def _feed_forward(
-    layer: int, suffix: str, published: str, size: int, width: int
-) -> Iterator[GgufTensor]:
-    for part, shape in _swiglu(size, width):
-        source = f"model.layers.{layer}.mlp.{published}{part}_proj.weight"
-        yield _whole(f"blk.{layer}.ffn_{part}{suffix}.weight", source, *shape)
-
-
-def _swiglu(size: int, width: int) -> tuple[tuple[str, tuple[int, int]], ...]:
-    return ("gate", (size, width)), ("up", (size, width)), ("down", (width, size))
-
-
-def _mixture(config: ModelConfig, layer: int) -> Iterator[GgufTensor]:
-    ours, theirs = f"blk.{layer}.", f"model.layers.{layer}.mlp."
-    experts, width, size = config.num_routed_experts, config.embed_dim, config.expert_ffn_dim
-    yield _small(f"{ours}ffn_gate_inp", f"{theirs}gate", experts, width)
-    bias = f"{theirs}gate.e_score_correction_bias"
-    yield _whole(f"{ours}exp_probs_b.bias", bias, experts, role=Role.SMALL)
-    for part, shape in _swiglu(size, width):
-        yield GgufTensor(
-            f"{ours}ffn_{part}_exps.weight",
-            (experts, *shape),
-            Role.ROUTED_EXPERT,
-            tuple(
-                Piece(f"{theirs}experts.{i}.{part}_proj.weight", slice(0, shape[0]))
-                for i in range(experts)
-            ),
-        )
-    joint = config.num_shared_experts * size
-    yield from _feed_forward(layer, "_shexp", "shared_experts.", joint, width)
 
 
 def check_readable(config: ModelConfig) -> None:
