@@ -1,18 +1,14 @@
 """Held against the safetensors library in both directions, and against damaged folders."""
 
 import concurrent.futures
-import json
 import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 from unittest import mock
 
-import ml_dtypes
 import numpy as np
-import safetensors
 from absl.testing import absltest, parameterized
 
 from kimi_jax.core.errors import CheckpointFileError
@@ -25,93 +21,16 @@ from kimi_jax.interop.safetensors_io import (
     TensorInfo,
     write_index,
 )
+from tests.support import safetensors_files as st
 
-_FIRST, _SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 _ROOT = pathlib.Path(__file__).parents[2]
-# As the library names them when it is given raw bytes.
-_LIBRARY_DTYPES = {
-    "BOOL": "bool",
-    "I32": "int32",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
 
 
-def _values(dtype, *shape, seed=0):
-    """Every bit pattern may occur, NaN and infinities too."""
-    size = int(np.prod(shape)) * DTYPES[dtype].itemsize
-    raw = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
-    if dtype == "BOOL":
-        raw %= 2
-    return raw.view(DTYPES[dtype]).reshape(shape)
-
-
-def _save_with_library(path, tensors, metadata=None):
-    """`tensors`: name -> (safetensors dtype, array)."""
-    specs = {
-        name: safetensors.TensorSpec(
-            dtype=_LIBRARY_DTYPES[dtype],
-            shape=array.shape,
-            data_ptr=array.ctypes.data,
-            data_len=array.nbytes,
-        )
-        for name, (dtype, array) in tensors.items()
-    }
-    safetensors.serialize_file(specs, path, metadata=metadata)
-
-
-def _load_with_library(path):
-    found = safetensors.deserialize(path.read_bytes())
-    return {name: (x["dtype"], tuple(x["shape"]), bytes(x["data"])) for name, x in found}
-
-
-def _save(path, tensors, metadata=None):
-    infos = [TensorInfo(name, dtype, array.shape) for name, (dtype, array) in tensors.items()]
-    with SafetensorsWriter(path, infos, metadata or {}) as writer:
-        for name, (_, array) in tensors.items():
-            writer.write(name, array)
-
-
-def _write_raw(path, header, data=b""):
-    """A file whose header says anything; a string is taken as it is."""
-    text = (header if isinstance(header, str) else json.dumps(header)).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-def _entry(begin, end, dtype="F32", shape=(2,)):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-
-
-def _make_sharded(folder):
-    """Two files and a true index; returns the index's map."""
-    _save(folder / _FIRST, {"a": ("F32", _values("F32", 4, 6)), "b": ("BF16", _values("BF16", 8))})
-    _save(folder / _SECOND, {"c": ("I32", _values("I32", 3, 2))})
-    files = {"a": _FIRST, "b": _FIRST, "c": _SECOND}
-    write_index(folder, files, total_bytes=4 * 24 + 2 * 8 + 4 * 6)
-    return files
-
-
-class FolderTestCase(parameterized.TestCase):
-    def setUp(self):
-        super().setUp()
-        self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-
-    def assert_refused(self, *words):
-        with self.assertRaises(CheckpointFileError) as raised, SafetensorsFolder(self.folder):
-            pass
-        for word in words:
-            self.assertIn(word, str(raised.exception))
-
-
-class ReadTest(FolderTestCase):
-    @parameterized.parameters(*_LIBRARY_DTYPES)
+class ReadTest(st.FolderTestCase):
+    @parameterized.parameters(*st.LIBRARY_DTYPES)
     def test_what_the_library_writes_is_read_bit_for_bit(self, dtype):
-        tensors = {"w": (dtype, _values(dtype, 5, 6)), "v": (dtype, _values(dtype, 3, seed=1))}
-        _save_with_library(self.folder / SINGLE_FILE, tensors, {"format": "pt"})
+        tensors = {"w": (dtype, st.values(dtype, 5, 6)), "v": (dtype, st.values(dtype, 3, seed=1))}
+        st.save_with_library(self.folder / SINGLE_FILE, tensors, {"format": "pt"})
         with SafetensorsFolder(self.folder) as folder:
             self.assertEqual(folder.tensors["w"], TensorInfo("w", dtype, (5, 6)))
             for name, (_, array) in tensors.items():
@@ -129,8 +48,10 @@ class ReadTest(FolderTestCase):
         (slice(1, 6), slice(2, 2)),
     )
     def test_a_part_is_that_part_and_its_bytes_are_counted(self, rows, columns):
-        array = _values("BF16", 6, 7, 2)
-        _save(self.folder / SINGLE_FILE, {"x": ("F32", _values("F32", 9)), "w": ("BF16", array)})
+        array = st.values("BF16", 6, 7, 2)
+        st.save(
+            self.folder / SINGLE_FILE, {"x": ("F32", st.values("F32", 9)), "w": ("BF16", array)}
+        )
         with SafetensorsFolder(self.folder) as folder:
             part = folder.read("w", rows, columns)
             expected = array[rows or slice(None), columns or slice(None)]
@@ -140,15 +61,15 @@ class ReadTest(FolderTestCase):
 
     @parameterized.parameters((3000, 100), (6000, 100), (4100, 3), (4097, 1), (5, 2))
     def test_columns_of_narrow_and_of_wide_rows_are_read(self, width, part):
-        array = _values("U8", 700, width)  # wide ones are more than one block
-        _save(self.folder / SINGLE_FILE, {"w": ("U8", array)})
+        array = st.values("U8", 700, width)  # wide ones are more than one block
+        st.save(self.folder / SINGLE_FILE, {"w": ("U8", array)})
         with SafetensorsFolder(self.folder) as folder:
             for columns in (slice(0, part), slice(1, 1 + part), slice(width - part, width)):
                 read = folder.read("w", slice(2, 699), columns)
                 np.testing.assert_array_equal(read, array[2:699, columns])
 
     def test_of_wide_rows_only_the_columns_are_read(self):
-        _save(self.folder / SINGLE_FILE, {"w": ("U8", _values("U8", 20, 5000))})
+        st.save(self.folder / SINGLE_FILE, {"w": ("U8", st.values("U8", 20, 5000))})
         asked, preadv = [], os.preadv
 
         def count(descriptor, buffers, offset):
@@ -163,9 +84,9 @@ class ReadTest(FolderTestCase):
         self.assertEqual(sum(asked), 20 * 50)
 
     def test_the_order_of_the_header_need_not_be_that_of_the_data(self):
-        header = {"b": _entry(8, 16), "a": _entry(0, 8)}
+        header = {"b": st.entry(8, 16), "a": st.entry(0, 8)}
         data = np.arange(4, dtype=np.float32)
-        _write_raw(self.folder / SINGLE_FILE, header, data.tobytes())
+        st.write_raw(self.folder / SINGLE_FILE, header, data.tobytes())
         with SafetensorsFolder(self.folder) as folder:
             self.assertEqual(list(folder.tensors), ["a", "b"])
             np.testing.assert_array_equal(folder.read("b"), data[2:])
@@ -176,13 +97,13 @@ class ReadTest(FolderTestCase):
             "empty": ("F32", np.zeros((0, 4), np.float32)),
             "last": ("F32", np.arange(3, dtype=np.float32)),
         }
-        _save(self.folder / SINGLE_FILE, tensors)
+        st.save(self.folder / SINGLE_FILE, tensors)
         with SafetensorsFolder(self.folder) as folder:
             for name, (_, array) in tensors.items():
                 np.testing.assert_array_equal(folder.read(name), array, strict=True)
 
     def test_parts_outside_the_tensor_are_refused(self):
-        _save(self.folder / SINGLE_FILE, {"w": ("F32", _values("F32", 4, 6))})
+        st.save(self.folder / SINGLE_FILE, {"w": ("F32", st.values("F32", 4, 6))})
         with SafetensorsFolder(self.folder) as folder:
             parts = [(slice(3, 5), None), (slice(-1, 2), None), (slice(3, 2), None)]
             parts += [(slice(0, 4, 2), None), (None, slice(0, 7)), (None, slice(6, 9))]
@@ -191,8 +112,8 @@ class ReadTest(FolderTestCase):
                     folder.read("w", *part)
 
     def test_threads_read_at_the_same_time(self):
-        array = _values("F32", 64, 33)
-        _save(self.folder / SINGLE_FILE, {"w": ("F32", array)})
+        array = st.values("F32", 64, 33)
+        st.save(self.folder / SINGLE_FILE, {"w": ("F32", array)})
         blocks = [slice(i, i + 4) for i in range(0, 64, 4)] * 20
         with SafetensorsFolder(self.folder) as folder:
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -202,20 +123,20 @@ class ReadTest(FolderTestCase):
             self.assertEqual(block.tobytes(), array[rows].tobytes())
 
     def test_a_folder_of_several_files_is_read_by_its_index(self):
-        files = _make_sharded(self.folder)
-        _save(self.folder / "other.safetensors", {"c": ("F32", _values("F32", 1))})
+        files = st.make_sharded(self.folder)
+        st.save(self.folder / "other.safetensors", {"c": ("F32", st.values("F32", 1))})
         with SafetensorsFolder(self.folder) as folder:
             self.assertEqual(list(folder.tensors), ["a", "b", "c"])
             self.assertEqual({name: folder.file_of(name) for name in files}, files)
-            self.assertEqual(folder.read("c").tobytes(), _values("I32", 3, 2).tobytes())
+            self.assertEqual(folder.read("c").tobytes(), st.values("I32", 3, 2).tobytes())
 
     def test_a_single_file_of_any_name_needs_no_index(self):
-        _save(self.folder / "weights.safetensors", {"w": ("F32", _values("F32", 4))})
+        st.save(self.folder / "weights.safetensors", {"w": ("F32", st.values("F32", 4))})
         with SafetensorsFolder(self.folder) as folder:
             self.assertEqual(folder.file_of("w"), "weights.safetensors")
 
     def test_a_file_that_shrinks_while_it_is_open_is_named(self):
-        _save(self.folder / SINGLE_FILE, {"w": ("F32", _values("F32", 4, 6))})
+        st.save(self.folder / SINGLE_FILE, {"w": ("F32", st.values("F32", 4, 6))})
         with SafetensorsFolder(self.folder) as folder:
             os.truncate(self.folder / SINGLE_FILE, (self.folder / SINGLE_FILE).stat().st_size - 1)
             folder.read("w", slice(0, 3))
@@ -223,12 +144,12 @@ class ReadTest(FolderTestCase):
                 folder.read("w")
 
     def test_opening_a_tenth_of_the_tensors_of_kimi_k2_takes_no_time(self):
-        entries = {f"experts.{i}.weight": _entry(8 * i, 8 * i + 8) for i in range(230)}
+        entries = {f"experts.{i}.weight": st.entry(8 * i, 8 * i + 8) for i in range(230)}
         files = {}
         for shard in range(61):
             file = f"model-{shard:05}-of-00061.safetensors"
             header = {f"{shard}.{name}": entry for name, entry in entries.items()}
-            _write_raw(self.folder / file, header, bytes(8 * 230))
+            st.write_raw(self.folder / file, header, bytes(8 * 230))
             files |= dict.fromkeys(header, file)
         write_index(self.folder, files, total_bytes=0)
         start = time.monotonic()
@@ -237,111 +158,9 @@ class ReadTest(FolderTestCase):
         self.assertLess(time.monotonic() - start, 10)  # 0.2 s measured, 0.8 s with type checks
 
 
-class DamagedFolderTest(FolderTestCase):
-    def test_a_missing_shard_is_named_with_a_tensor_of_it(self):
-        _make_sharded(self.folder)
-        (self.folder / _SECOND).unlink()
-        self.assert_refused(_SECOND, "tensor c", "missing")
-
-    def test_several_files_without_an_index_are_refused(self):
-        _make_sharded(self.folder)
-        (self.folder / INDEX_FILE).unlink()
-        self.assert_refused(INDEX_FILE, "is missing")
-        (self.folder / _SECOND).unlink()  # one of two files is not a single file
-        self.assert_refused(INDEX_FILE, "is missing")
-
-    def test_a_folder_without_files_and_no_folder_are_refused(self):
-        self.assert_refused(str(self.folder), "no *.safetensors")
-        self.folder /= "absent"
-        self.assert_refused("absent", "no folder")
-
-    @parameterized.parameters(
-        "{", '{"metadata": {}}', '{"weight_map": []}', "[]", b"\xff".decode("latin1")
-    )
-    def test_an_index_that_is_none_is_refused(self, text):
-        _make_sharded(self.folder)
-        (self.folder / INDEX_FILE).write_text(text, encoding="latin1")
-        self.assert_refused(INDEX_FILE)
-
-    def test_an_index_that_lists_a_tensor_twice_is_refused(self):
-        _make_sharded(self.folder)
-        text = f'{{"weight_map": {{"a": "{_FIRST}", "b": "{_FIRST}", "a": "{_SECOND}"}}}}'
-        (self.folder / INDEX_FILE).write_text(text)
-        self.assert_refused(INDEX_FILE, "lists a twice")
-
-    @parameterized.named_parameters(
-        ("a_tensor_that_is_not_there", {"d": _FIRST}, (_FIRST, "tensor d", "not in this file")),
-        ("another_file_for_a_tensor", {"b": _SECOND}, (_FIRST, "tensor b", f"in {_SECOND}")),
-        ("too_few_tensors", {"b": None}, (_FIRST, "tensor b", "does not list it")),
-        (
-            "a_file_outside",
-            {"b": "../x.safetensors"},
-            (INDEX_FILE, "tensor b", "'../x.safetensors', which is no name"),
-        ),
-    )
-    def test_an_index_that_lists(self, change, words):
-        files = _make_sharded(self.folder) | change
-        files = {name: file for name, file in files.items() if file}
-        write_index(self.folder, files, total_bytes=0)
-        self.assert_refused(*words)
-
-    def test_a_tensor_in_two_files_is_refused(self):
-        files = _make_sharded(self.folder)
-        _save(
-            self.folder / "third.safetensors",
-            {"c": ("F32", _values("F32", 2))} | {"d": ("F32", _values("F32", 2))},
-        )
-        write_index(self.folder, files | {"d": "third.safetensors"}, total_bytes=0)
-        self.assert_refused("third.safetensors", "tensor c", _SECOND)
-
-    @parameterized.named_parameters(
-        ("overlap", {"a": _entry(0, 8), "b": _entry(4, 12)}, 12, ("tensor b", "overlaps")),
-        ("hole", {"a": _entry(0, 8), "b": _entry(12, 20)}, 20, ("tensor b", "hole")),
-        ("late_start", {"a": _entry(4, 12)}, 12, ("tensor a", "hole")),
-        ("wrong_shape", {"a": _entry(0, 8, shape=(3,))}, 8, ("tensor a", "needs 12")),
-        ("wrong_dtype", {"a": _entry(0, 8, dtype="BF16")}, 8, ("tensor a", "needs 4")),
-        ("unknown_dtype", {"a": _entry(0, 8, dtype="Q4")}, 8, ("tensor a", "'Q4'")),
-        ("negative_shape", {"a": _entry(0, 8, shape=(-1, -2))}, 8, ("tensor a", "shape")),
-        ("no_offsets", {"a": {"dtype": "F32", "shape": [2]}}, 8, ("tensor a", "bad entry")),
-        ("truncated", {"a": _entry(0, 8), "b": _entry(8, 16)}, 13, ("tensor b", "truncated")),
-        ("too_long", {"a": _entry(0, 8)}, 9, ("1 bytes after",)),
-        ("no_json", "{", 0, ("JSON",)),
-        ("a_list", "[]", 0, ("JSON object",)),
-        ("same_name", '{"a": 1, "b": 2, "a": 3}', 8, ("lists a twice",)),
-    )
-    def test_a_file_is_refused_for(self, header, size, words):
-        _write_raw(self.folder / SINGLE_FILE, header, bytes(size))
-        self.assert_refused(SINGLE_FILE, *words)
-
-    @parameterized.named_parameters(
-        ("empty", b""),
-        ("short", b"\x01\x00"),
-        ("header_beyond_the_end", (3).to_bytes(8, "little") + b"{}"),
-        ("absurd_header", (10**12).to_bytes(8, "little") + b"{}"),
-        ("git_lfs_pointer", b"version https://git-lfs.github.com/spec/v1\n"),
-    )
-    def test_a_file_is_refused_that_is(self, content):
-        (self.folder / SINGLE_FILE).write_bytes(content)
-        self.assert_refused(SINGLE_FILE, f"has {len(content)} bytes")
-
-    def test_a_header_of_more_than_100_megabytes_is_not_read(self):
-        with open(self.folder / SINGLE_FILE, "wb") as file:
-            file.write((100_000_001).to_bytes(8, "little"))
-            file.truncate(100_000_100)  # sparse
-        self.assert_refused(SINGLE_FILE, "100000001")
-
-    def test_what_is_refused_leaves_no_file_open(self):
-        _make_sharded(self.folder)
-        (self.folder / _SECOND).write_bytes(b"")
-        before = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
-        self.assert_refused(_SECOND)
-        after = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
-        self.assertEqual(after, before)
-
-
-class WriteTest(FolderTestCase):
+class WriteTest(st.FolderTestCase):
     def test_the_library_reads_what_is_written_by_rows(self):
-        tensors = {dtype: (dtype, _values(dtype, 6, 4)) for dtype in _LIBRARY_DTYPES}
+        tensors = {dtype: (dtype, st.values(dtype, 6, 4)) for dtype in st.LIBRARY_DTYPES}
         infos = [TensorInfo(name, name, (6, 4)) for name in tensors]
         path = self.folder / SINGLE_FILE
         with SafetensorsWriter(path, infos, {"format": "pt"}) as writer:
@@ -349,23 +168,23 @@ class WriteTest(FolderTestCase):
                 for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
                     writer.write(name, array[rows])
         expected = {name: (name, (6, 4), array.tobytes()) for name, (_, array) in tensors.items()}
-        self.assertEqual(_load_with_library(path), expected)
+        self.assertEqual(st.load_with_library(path), expected)
         self.assertEqual([file.name for file in self.folder.iterdir()], [SINGLE_FILE])
 
     def test_the_file_is_byte_for_byte_that_of_the_library(self):
         tensors = {
-            "wide": ("F32", _values("F32", 3, 5)),
-            "größe": ("BF16", _values("BF16", 7)),
-            "narrow": ("F8_E4M3", _values("F8_E4M3", 2, 3)),
+            "wide": ("F32", st.values("F32", 3, 5)),
+            "größe": ("BF16", st.values("BF16", 7)),
+            "narrow": ("F8_E4M3", st.values("F8_E4M3", 2, 3)),
         }
-        _save_with_library(self.folder / "library.safetensors", tensors, {"format": "pt"})
-        _save(self.folder / "ours.safetensors", tensors, {"format": "pt"})
+        st.save_with_library(self.folder / "library.safetensors", tensors, {"format": "pt"})
+        st.save(self.folder / "ours.safetensors", tensors, {"format": "pt"})
         expected = (self.folder / "library.safetensors").read_bytes()
         self.assertEqual((self.folder / "ours.safetensors").read_bytes(), expected)
 
     def test_rows_that_are_not_contiguous_are_written_in_order(self):
-        array = _values("BF16", 4, 6)
-        _save(self.folder / SINGLE_FILE, {"w": ("BF16", array.T)})
+        array = st.values("BF16", 4, 6)
+        st.save(self.folder / SINGLE_FILE, {"w": ("BF16", array.T)})
         with SafetensorsFolder(self.folder) as folder:
             self.assertEqual(folder.read("w").tobytes(), array.T.tobytes())
 
@@ -454,7 +273,7 @@ except CheckpointFileError as error:
 """
 
 
-class FullDiskTest(FolderTestCase):
+class FullDiskTest(st.FolderTestCase):
     @parameterized.parameters(
         (100, ": cannot be written"),  # already in the header
         (80_000, ": tensor second cannot be written"),
@@ -496,16 +315,6 @@ except CheckpointFileError as error:
         result = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
         self.assertIn(f"{SINGLE_FILE}: tensor w cannot be written", result.stdout)
         self.assertEmpty(list(self.folder.iterdir()))
-
-
-class DtypesTest(absltest.TestCase):
-    def test_one_is_one_in_the_bits_of_the_formats(self):
-        ones = {"BF16": 0x3F80, "F8_E4M3": 0x38, "F8_E5M2": 0x3C, "F8_E8M0": 0x7F}
-        for name, bits in ones.items():
-            dtype = DTYPES[name]
-            value = np.array(bits, f"u{dtype.itemsize}").view(dtype)
-            self.assertEqual(float(value), 1.0, name)
-        self.assertEqual(DTYPES["F8_E4M3"], np.dtype(ml_dtypes.float8_e4m3fn))
 
 
 if __name__ == "__main__":
