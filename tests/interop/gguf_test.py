@@ -1,6 +1,5 @@
 import dataclasses
 import pathlib
-import resource
 import sys
 import tempfile
 from unittest import mock
@@ -35,6 +34,46 @@ CONFIG = dataclasses.replace(
     routed_scaling_factor=1.5,
 )
 EXPERT = "model.layers.1.mlp.experts.4.down_proj.weight"
+_METADATA = {
+    "general.architecture": "deepseek2",
+    "general.type": "model",
+    "general.name": "tiny-model",
+    "general.file_type": 0,
+    "general.quantization_version": 2,
+    "deepseek2.vocab_size": 96,
+    "deepseek2.context_length": 1024,
+    "deepseek2.embedding_length": 64,
+    "deepseek2.block_count": 2,
+    "deepseek2.leading_dense_block_count": 1,
+    "deepseek2.feed_forward_length": 320,
+    "deepseek2.expert_feed_forward_length": 64,
+    "deepseek2.expert_count": 6,
+    "deepseek2.expert_used_count": 3,
+    "deepseek2.expert_shared_count": 1,
+    "deepseek2.expert_group_count": 3,
+    "deepseek2.expert_group_used_count": 2,
+    "deepseek2.expert_gating_func": 2,
+    "deepseek2.expert_weights_norm": True,
+    "deepseek2.expert_weights_scale": 1.5,
+    "deepseek2.attention.head_count": 3,
+    "deepseek2.attention.head_count_kv": 1,
+    "deepseek2.attention.q_lora_rank": 64,
+    "deepseek2.attention.kv_lora_rank": 32,
+    "deepseek2.attention.key_length": 48,
+    "deepseek2.attention.value_length": 32,
+    "deepseek2.attention.key_length_mla": 48,
+    "deepseek2.attention.value_length_mla": 64,
+    "deepseek2.attention.layer_norm_rms_epsilon": float(np.float32(1e-6)),
+    "deepseek2.rope.dimension_count": 16,
+    "deepseek2.rope.freq_base": 50_000.0,
+    "deepseek2.rope.scaling.type": "yarn",
+    "deepseek2.rope.scaling.factor": 8.0,
+    "deepseek2.rope.scaling.original_context_length": 64,
+    "deepseek2.rope.scaling.yarn_beta_fast": 1.0,
+    "deepseek2.rope.scaling.yarn_beta_slow": 1.0,
+    "deepseek2.rope.scaling.yarn_log_multiplier": float(np.float32(0.1)),
+    "tokenizer.ggml.model": "no_vocab",
+}
 
 
 def expected_tensors(source):
@@ -178,48 +217,8 @@ class GgufTest(parameterized.TestCase):
             reader = self.write(published.RandomSource(config))
         self.assertIn("--yarn-beta-fast 1 ", logged.output[0])
         found = {key: field.contents() for key, field in reader.fields.items()}
-        expected = {
-            "general.architecture": "deepseek2",
-            "general.type": "model",
-            "general.name": "tiny-model",
-            "general.file_type": 0,
-            "general.quantization_version": 2,
-            "deepseek2.vocab_size": 96,
-            "deepseek2.context_length": 1024,
-            "deepseek2.embedding_length": 64,
-            "deepseek2.block_count": 2,
-            "deepseek2.leading_dense_block_count": 1,
-            "deepseek2.feed_forward_length": 320,
-            "deepseek2.expert_feed_forward_length": 64,
-            "deepseek2.expert_count": 6,
-            "deepseek2.expert_used_count": 3,
-            "deepseek2.expert_shared_count": 1,
-            "deepseek2.expert_group_count": 3,
-            "deepseek2.expert_group_used_count": 2,
-            "deepseek2.expert_gating_func": 2,
-            "deepseek2.expert_weights_norm": True,
-            "deepseek2.expert_weights_scale": 1.5,
-            "deepseek2.attention.head_count": 3,
-            "deepseek2.attention.head_count_kv": 1,
-            "deepseek2.attention.q_lora_rank": 64,
-            "deepseek2.attention.kv_lora_rank": 32,
-            "deepseek2.attention.key_length": 48,
-            "deepseek2.attention.value_length": 32,
-            "deepseek2.attention.key_length_mla": 48,
-            "deepseek2.attention.value_length_mla": 64,
-            "deepseek2.attention.layer_norm_rms_epsilon": float(np.float32(1e-6)),
-            "deepseek2.rope.dimension_count": 16,
-            "deepseek2.rope.freq_base": 50_000.0,
-            "deepseek2.rope.scaling.type": "yarn",
-            "deepseek2.rope.scaling.factor": 8.0,
-            "deepseek2.rope.scaling.original_context_length": 64,
-            "deepseek2.rope.scaling.yarn_beta_fast": 1.0,
-            "deepseek2.rope.scaling.yarn_beta_slow": 1.0,
-            "deepseek2.rope.scaling.yarn_log_multiplier": float(np.float32(0.1)),
-            "tokenizer.ggml.model": "no_vocab",
-        }
-        self.assertEqual({key: found.get(key) for key in expected}, expected)
-        others = {key for key in found.keys() - expected.keys() if not key.startswith("GGUF.")}
+        self.assertEqual({key: found.get(key) for key in _METADATA}, _METADATA)
+        others = {key for key in found.keys() - _METADATA.keys() if not key.startswith("GGUF.")}
         self.assertEqual(others, set())
 
     def test_groups_that_limit_nothing_are_written_as_one(self):
@@ -299,64 +298,6 @@ class StreamingTest(parameterized.TestCase):
         total = sum(entry.num_bytes for entry in planned) / 1e9
         self.assertAlmostEqual(total - 0.33, 594.2, delta=0.05)
 
-    def test_file_has_its_name_only_when_it_is_complete(self):
-        source, seen = published.RandomSource(CONFIG), set()
-        write_gguf(
-            self.file,
-            source,
-            None,
-            weight_type=GgufType.F32,
-            identity="random",
-            progress=lambda _: seen.add(tuple(sorted(path.name for path in self.folder.iterdir()))),
-        )
-        self.assertEqual(seen, {("model.gguf.partial", "model.gguf.partial.json")})
-        self.assertEqual([path.name for path in self.folder.iterdir()], ["model.gguf"])
-
-    def test_a_stopped_export_goes_on_after_its_last_whole_tensor(self):
-        whole, source = self.folder / "whole.gguf", published.RandomSource(CONFIG)
-        write_gguf(whole, source, None, weight_type=GgufType.F16, identity="random")
-        norm = source.tensors.pop("model.norm.weight")
-        with self.assertRaises(KeyError):
-            write_gguf(self.file, source, None, weight_type=GgufType.F16, identity="random")
-        self.assertFalse(self.file.exists())
-        source.tensors["model.norm.weight"] = norm
-        read = []
-        rows = source.rows
-        source.rows = lambda name, part: (read.append(name), rows(name, part))[1]
-        counts = []
-        write_gguf(
-            self.file,
-            source,
-            None,
-            weight_type=GgufType.F16,
-            identity="random",
-            progress=counts.append,
-        )
-        self.assertEqual(set(read), {"model.norm.weight", "lm_head.weight"})
-        self.assertEqual(
-            counts[-1], sum(entry.num_bytes for entry in plan_gguf(CONFIG, GgufType.F16))
-        )
-        names = [path.name for path in self.folder.iterdir()]
-        self.assertCountEqual(names, ["model.gguf", "whole.gguf"])
-        self._assert_same_tensors(whole, self.file)
-
-    def test_a_stopped_export_of_another_source_is_refused_and_left_alone(self):
-        source = published.RandomSource(CONFIG)
-        source.tensors.pop("model.norm.weight")
-        with self.assertRaises(KeyError):
-            write_gguf(self.file, source, None, weight_type=GgufType.F16, identity="one")
-        partial = self.file.with_name("model.gguf.partial")
-        before = partial.read_bytes()
-        with self.assertRaisesRegex(ConfigError, "model.gguf.partial holds another, unfinished"):
-            write_gguf(
-                self.file,
-                published.RandomSource(CONFIG),
-                None,
-                weight_type=GgufType.F16,
-                identity="other",
-            )
-        self.assertEqual(partial.read_bytes(), before)
-
     @parameterized.parameters(GgufType.F32, GgufType.Q8_0)
     def test_a_changed_byte_is_found_by_its_tensors_name(self, weight_type):
         source = published.RandomSource(CONFIG)
@@ -373,62 +314,6 @@ class StreamingTest(parameterized.TestCase):
             file.write(bytes([byte[0] ^ 1]))
         with self.assertRaisesRegex(CheckpointFileError, tensor.name):
             verify_gguf(self.file, source, weight_type=weight_type)
-
-    def _assert_same_tensors(self, left, right):
-        pairs = zip(gguf.GGUFReader(left).tensors, gguf.GGUFReader(right).tensors, strict=True)
-        for one, other in pairs:
-            self.assertEqual(one.name, other.name)
-            np.testing.assert_array_equal(one.data, other.data)
-
-    def test_full_disk_is_reported_with_file_and_tensor(self):
-        source = published.RandomSource(CONFIG)
-        total = sum(entry.num_bytes for entry in plan_gguf(CONFIG, GgufType.F32))
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (total // 2, limits[1]))
-            with self.assertRaisesRegex(
-                CheckpointFileError,
-                r"tensor blk\.1\.\w+\.weight cannot be written to .*model\.gguf\.partial",
-            ):
-                write_gguf(self.file, source, None, weight_type=GgufType.F32, identity="random")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        self.assertFalse(self.file.exists())
-
-    def test_a_partial_file_that_no_export_left_there_is_refused(self):
-        partial = self.file.with_name("model.gguf.partial")
-        partial.write_bytes(b"precious")
-        with self.assertRaisesRegex(ConfigError, "model.gguf.partial holds another, unfinished"):
-            write_gguf(
-                self.file,
-                published.RandomSource(CONFIG),
-                None,
-                weight_type=GgufType.BF16,
-                identity="random",
-            )
-        self.assertEqual(partial.read_bytes(), b"precious")
-
-    def test_existing_file_is_not_overwritten(self):
-        self.file.write_text("precious")
-        with self.assertRaisesRegex(ConfigError, "exists"):
-            write_gguf(
-                self.file,
-                published.RandomSource(CONFIG),
-                None,
-                weight_type=GgufType.F32,
-                identity="random",
-            )
-        self.assertEqual(self.file.read_text(), "precious")
-
-    def test_folder_that_does_not_exist_is_reported(self):
-        with self.assertRaisesRegex(CheckpointFileError, "nowhere"):
-            write_gguf(
-                self.folder / "nowhere" / "model.gguf",
-                published.RandomSource(CONFIG),
-                None,
-                weight_type=GgufType.F32,
-                identity="random",
-            )
 
 
 class BadInputTest(parameterized.TestCase):
