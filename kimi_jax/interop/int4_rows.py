@@ -1,25 +1,18 @@
-"""Rows of INT4 matrices in NumPy, in the layout of compressed-tensors' pack-quantized."""
+"""Rows of INT4 matrices on the host, in the layout of compressed-tensors' pack-quantized."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from kimi_jax.quantization import int4
-from kimi_jax.quantization.compressed_tensors import to_compressed_tensors
-
-_OFFSET = 8  # a nibble holds code + 8
-_NIBBLES = np.arange(256, dtype=np.uint8)
-# What the two nibbles of a byte stand for, the lower one first.
-_CODES = np.stack([_NIBBLES & 15, _NIBBLES >> 4], axis=-1).astype(np.float32) - _OFFSET
-
-
-def codes(packed: np.ndarray) -> np.ndarray:
-    """Returns the codes, -8 to 7, of int32 words [rows, in / 8], as float32 [rows, in]."""
-    octets = np.ascontiguousarray(packed).astype("<i4", copy=False).view(np.uint8)
-    return _CODES[octets].reshape(packed.shape[0], -1)
+from kimi_jax.quantization.compressed_tensors import (
+    PackedLinear,
+    from_compressed_tensors,
+    to_compressed_tensors,
+)
+from kimi_jax.quantization.int4 import CODES_PER_WORD
 
 
 def dequantize(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -29,10 +22,8 @@ def dequantize(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
       packed: int32 [rows, in / 8].
       scales: bfloat16 [rows, in / group size].
     """
-    values = codes(packed)
-    groups = values.reshape(*scales.shape, -1)
-    groups *= scales.astype(np.float32)[..., None]
-    return values.astype(ml_dtypes.bfloat16)
+    with _on_host():
+        return np.asarray(_dequantize(packed, scales))
 
 
 def quantize(values: np.ndarray, group_size: int = int4.GROUP_SIZE) -> tuple[np.ndarray, ...]:
@@ -44,9 +35,20 @@ def quantize(values: np.ndarray, group_size: int = int4.GROUP_SIZE) -> tuple[np.
     Raises:
       ValueError: groups do not divide the inputs.
     """
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with _on_host():
         packed, scales = _quantize(values, group_size=group_size)
         return np.asarray(packed), np.asarray(scales)
+
+
+def _on_host():
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+@jax.jit
+def _dequantize(packed: jax.Array, scales: jax.Array) -> jax.Array:
+    shape = np.array([packed.shape[0], packed.shape[1] * CODES_PER_WORD])
+    weight = from_compressed_tensors(PackedLinear(packed, scales, shape))
+    return jnp.swapaxes(int4.dequantize(weight, jnp.bfloat16), 0, 1)
 
 
 @functools.partial(jax.jit, static_argnames="group_size")
